@@ -1,0 +1,1 @@
+"""Functional interface: the signatures of torch.nn.functional plus keyword-only extras."""

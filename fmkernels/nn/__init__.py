@@ -1,0 +1,1 @@
+"""Layers: subclasses of the torch.nn classes whose forward is one functional call."""

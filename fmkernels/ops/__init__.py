@@ -1,0 +1,1 @@
+"""The op families; each holds its schema, backends, autograd Function and reference."""

@@ -1,0 +1,1 @@
+"""The conv family: see schema.py for its ops."""

@@ -1,0 +1,1 @@
+"""The linear family: see schema.py for its ops."""
