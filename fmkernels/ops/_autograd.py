@@ -1,0 +1,33 @@
+"""What every family's autograd.py needs: when to record a graph, and autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through an autograd.Function.
+
+    True also inside forward-mode AD, where no tensor requires a gradient: the Function then raises
+    for lack of a jvp, instead of a tangent being dropped silently.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Floating-point tensors in autocast's dtype where autocast is on, as torch casts for matmuls.
+
+    The device is that of the first tensor. float64 tensors stay as they are, as in torch.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
+    )

@@ -1,0 +1,91 @@
+"""Differentiable linear: chooses the backend, applies autocast, records the graph if needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fmkernels._dispatch import select
+from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops.linear.backends import LINEAR
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, residual, packed_weight, activation, backend):
+        output, saved = LINEAR[backend].forward(
+            input, weight, bias, residual, packed_weight, activation, True
+        )
+        # Without an activation nothing but the operands is read again; keeping `output` alive would
+        # cost memory. `saved` is empty then, and stands in for it.
+        kept_output = output if activation is not None else saved
+        ctx.save_for_backward(input, weight, kept_output, saved)
+        ctx.set_materialize_grads(False)
+        ctx.activation = activation
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return (None,) * 7
+        input, weight, output, saved = ctx.saved_tensors
+        need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        grad_output = grad_output.contiguous()
+        # Without an activation the residual's gradient is grad_output itself: no copy.
+        alias_residual = need_residual and ctx.activation is None
+        grads = LINEAR[ctx.backend].backward(
+            grad_output,
+            input,
+            weight,
+            output,
+            saved,
+            ctx.activation,
+            need_input,
+            need_weight,
+            need_bias,
+            need_residual and not alias_residual,
+        )
+        grad_input, grad_weight, grad_bias, grad_residual = grads
+        return (
+            grad_input if need_input else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            (grad_output if alias_residual else grad_residual) if need_residual else None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed_weight: Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> Tensor:
+    """``activation(input @ weight.T + bias + residual)`` on checked arguments.
+
+    Args:
+        packed_weight: result of the pack op for ``weight``; ignored where autocast casts the weight.
+        backend: as in :func:`fmkernels._dispatch.select`.
+    """
+    raw_weight = weight
+    input, weight, bias, residual = cast_for_autocast(input, weight, bias, residual)
+    if weight is not raw_weight:
+        packed_weight = None
+    name, implementation = select("linear", LINEAR, backend, input, weight, activation)
+    input = input.contiguous()
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if needs_graph(input, weight, bias, residual):
+        return _Linear.apply(input, weight, bias, residual, packed_weight, activation, name)
+    return implementation.forward(
+        input, weight, bias, residual, packed_weight, activation, False
+    )[0]

@@ -1,0 +1,33 @@
+"""The backends of the linear ops, best first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmkernels._dispatch import SUPPORTED, Backend, Support
+from fmkernels.ops._native_support import native_cpu_support
+from fmkernels.ops.linear import reference, schema  # noqa: F401 - schema defines the ops
+
+
+def _cpu_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
+    return native_cpu_support(input)
+
+
+def _reference_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
+    return SUPPORTED
+
+
+LINEAR = {
+    "cpu": Backend(
+        supports=_cpu_supports,
+        forward=torch.ops.fmkernels.linear_forward.default,
+        backward=torch.ops.fmkernels.linear_backward.default,
+        pack=torch.ops.fmkernels.linear_pack_weight.default,
+    ),
+    "reference": Backend(
+        supports=_reference_supports,
+        forward=reference.linear_forward,
+        backward=reference.linear_backward,
+    ),
+}
