@@ -1,0 +1,1 @@
+"""The attention family: see schema.py for its ops."""

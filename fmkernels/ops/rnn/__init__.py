@@ -1,0 +1,1 @@
+"""The rnn family: see schema.py for its ops."""
