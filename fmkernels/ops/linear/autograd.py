@@ -89,3 +89,12 @@ def linear(
     return implementation.forward(
         input, weight, bias, residual, packed_weight, activation, False
     )[0]
+
+
+def pack_linear_weight(weight: Tensor, backend: str | None) -> Tensor | None:
+    """The weight as the chosen backend wants it, or None if that backend packs nothing."""
+    _, implementation = select("linear", LINEAR, backend, weight, weight, None)
+    if implementation.pack is None:
+        return None
+    with torch.no_grad():
+        return implementation.pack(weight.contiguous())

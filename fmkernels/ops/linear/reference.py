@@ -57,8 +57,3 @@ def linear_backward(
         grad.reshape(rows.shape).sum(0).to(dtype) if need_bias else absent,
         grad_pre if need_residual else absent,
     )
-
-
-def linear_pack_weight(weight: Tensor) -> Tensor:
-    """The reference reads the weight itself; its packed form is empty."""
-    return weight.new_empty((0,), dtype=torch.uint8)
