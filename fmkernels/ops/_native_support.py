@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fmkernels import _native
 from fmkernels._checks import FLOAT_DTYPES
 from fmkernels._dispatch import SUPPORTED, Support
 
-_MISSING = (
-    None
-    if _native.HAS_NATIVE
-    else Support(False, f"the native library is not loaded: {_native.NATIVE_ERROR}")
-)
+
+def native_ops_support(*ops: str) -> Support:
+    """Whether the native library is loaded and has a CPU kernel for every op; asked once, at import."""
+    if not _native.HAS_NATIVE:
+        return Support(False, f"the native library is not loaded: {_native.NATIVE_ERROR}")
+    missing = [
+        op
+        for op in ops
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fmkernels::{op}", "CPU")
+    ]
+    if missing:
+        return Support(False, f"the native library has no kernel for {', '.join(missing)}")
+    return SUPPORTED
 
 
-def native_cpu_support(tensor: Tensor) -> Support:
-    """Whether the native library is there and computes on this tensor's device and in its dtype."""
-    if _MISSING is not None:
-        return _MISSING
+def native_tensor_support(tensor: Tensor) -> Support:
+    """Whether the native kernels compute on this tensor's device and in its dtype."""
     if tensor.device.type != "cpu":
         return Support(False, f"computes on CPU tensors, got a tensor on {tensor.device}")
     if tensor.dtype not in FLOAT_DTYPES:

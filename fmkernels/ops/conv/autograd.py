@@ -10,6 +10,7 @@ from fmkernels._dispatch import select
 from fmkernels.ops import _activations
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
 from fmkernels.ops.conv.backends import CONV2D, MAX_POOL2D
+from fmkernels.ops.conv.reference import flat_indices  # noqa: F401 - part of this interface
 from fmkernels.ops.conv.schema import memory_format_of
 
 IntPair = tuple[int, int]
