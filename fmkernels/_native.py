@@ -1,15 +1,16 @@
 """Loads the compiled ops library once and says what happened.
 
-Two files may lie beside this one. `_ops.so` holds the operators on torch's stable ABI; loading it adds
-implementations to `torch.ops.fmkernels`. `_lab.*.so` is a pybind11 module without torch in it: facts about the
-build and the processor, and the kernels one by one for tests. A pure-Python install has neither, and every
-layer then runs on the reference backend: right, and slow.
+Two files may lie beside this one. `_ops.so` holds the operators on torch's stable ABI; loading it
+adds implementations to `torch.ops.fmkernels`. `_lab.*.so` is a pybind11 module without torch in
+it: facts about the build and the processor, and the kernels one by one for tests. A pure-Python
+install has neither, and every layer then runs on the reference backend: right, and slow.
 
 Environment:
-    FMKERNELS_REQUIRE_NATIVE=1  importing the package fails when the ops library is missing (for CI, where a
-        silent fallback would test the wrong thing).
-    FMKERNELS_ISA=avx512_bf16|avx512|avx2|scalar  forces a kernel path; read once, at the first kernel. A name
-        that is unknown, or that this processor cannot run, raises RuntimeError there and from `isa()`.
+    FMKERNELS_REQUIRE_NATIVE=1  importing the package fails when the ops library is missing (for
+        CI, where a silent fallback would test the wrong thing).
+    FMKERNELS_ISA=avx512_bf16|avx512|avx2|scalar  forces a kernel path; read once, at the first
+        kernel. A name that is unknown, or that this processor cannot run, raises RuntimeError
+        there and from `isa()`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PACKAGE_DIR = Path(__file__).resolve().parent
 
 
 def load_ops(package_dir: Path) -> str | None:
-    """Load `_ops*.so` from `package_dir` into torch. Returns None, or why there is no ops library."""
+    """Load `_ops*.so` from `package_dir` into torch. Returns None, or why that did not work."""
     libraries = sorted(package_dir.glob("_ops*.so"))
     if not libraries:
         if not sys.platform.startswith("linux"):
@@ -70,16 +71,17 @@ def lab() -> ModuleType | None:
 def isa() -> str | None:
     """Name of the instruction set whose kernels run: "avx512_bf16", "avx512", "avx2" or "scalar".
 
-    None without native kernels. Raises RuntimeError when FMKERNELS_ISA asks for a path that does not exist.
+    None without native kernels. Raises RuntimeError when FMKERNELS_ISA asks for a path that does
+    not exist.
     """
     module = lab() if HAS_NATIVE else None
     return None if module is None else module.active_isa()
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about the compiled part: always "native" and "error"; with it also "library", "compiler",
-    "torch" (the version it was compiled against), "isas" (paths compiled in) and "isas_supported" (those that
-    this processor runs)."""
+    """Facts about the compiled part: "native" and "error" always; where it is loaded also
+    "library" (its path), "compiler", "torch" (the version it was compiled against),
+    "isas_compiled" and "isas_available" (those that this processor can run)."""
     info: dict[str, Any] = {"native": HAS_NATIVE, "error": NATIVE_ERROR}
     module = lab()
     if HAS_NATIVE and module is not None:

@@ -23,8 +23,8 @@ struct CpuFeatures {
 
 constexpr bool bit(std::uint32_t word, int index) { return (word >> index) & 1u; }
 
-// The register state that the operating system saves on a context switch. An AVX-512 instruction faults where this
-// lacks the zmm bits, whatever cpuid says about the processor.
+// The register state that the operating system saves on a context switch. An AVX-512 instruction
+// faults where this lacks the zmm bits, whatever cpuid says about the processor.
 std::uint64_t enabled_state() {
   std::uint32_t low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -44,7 +44,8 @@ CpuFeatures detect() {
   const std::uint32_t leaf7_subleaves = eax;
   features.avx2 = bit(ebx, 5) && fma && f16c;
   // f, dq, bw, vl
-  features.avx512 = features.avx2 && zmm && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
+  features.avx512 =
+      features.avx2 && zmm && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
   if (features.avx512 && leaf7_subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     features.avx512_bf16 = bit(eax, 5);
   }
@@ -135,12 +136,13 @@ Isa runnable_isa(const std::string& name) {
                                names(compiled_isas()));
     }
     if (!isa_supported(isa)) {
-      throw std::runtime_error("ISA '" + name + "' cannot run on this processor or operating system");
+      throw std::runtime_error("ISA '" + name +
+                               "' cannot run on this processor or operating system");
     }
     return isa;
   }
-  throw std::runtime_error("unknown ISA '" + name + "' (FMKERNELS_ISA); this build has: " +
-                           names(compiled_isas()));
+  throw std::runtime_error("unknown ISA '" + name +
+                           "' (FMKERNELS_ISA); this build has: " + names(compiled_isas()));
 }
 
 Isa active_isa() {
