@@ -24,8 +24,18 @@ def native_ops_support(*ops: str) -> Support:
     return SUPPORTED
 
 
-def native_tensor_support(tensor: Tensor) -> Support:
-    """Whether the native kernels compute on this tensor's device and in its dtype."""
+_LIBRARY = native_ops_support()
+
+
+def native_cpu_support(tensor: Tensor, ops: Support = _LIBRARY) -> Support:
+    """Whether the native kernels serve this tensor's device and dtype.
+
+    Args:
+        tensor: one of the op's operands.
+        ops: answer of :func:`native_ops_support` for the ops concerned.
+    """
+    if not ops.ok:
+        return ops
     if tensor.device.type != "cpu":
         return Support(False, f"computes on CPU tensors, got a tensor on {tensor.device}")
     if tensor.dtype not in FLOAT_DTYPES:

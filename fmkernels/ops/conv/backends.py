@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
-from fmkernels.ops._native_support import native_ops_support, native_tensor_support
+from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops.conv import reference, schema
 
 # Windows that the convolution kernels pool in their epilogue; others are pooled by an op of their own.
@@ -23,7 +23,7 @@ def _cpu_supports_conv2d(
 ) -> Support:
     if pool and tuple(pool[:2]) not in FUSED_POOL_WINDOWS:
         return Support(False, f"fuses 2x2 and 3x3 max-pooling, got a {pool[0]}x{pool[1]} window")
-    return native_tensor_support(input) if _NATIVE_CONV2D.ok else _NATIVE_CONV2D
+    return native_cpu_support(input, _NATIVE_CONV2D)
 
 
 def _reference_supports_conv2d(
@@ -50,7 +50,7 @@ CONV2D = {
 def _cpu_supports_max_pool2d(input: Tensor, kernel_size: Sequence[int]) -> Support:
     if kernel_size[0] * kernel_size[1] > schema.MAX_POOL_AREA:
         return _window_too_large(kernel_size)
-    return native_tensor_support(input) if _NATIVE_MAX_POOL2D.ok else _NATIVE_MAX_POOL2D
+    return native_cpu_support(input, _NATIVE_MAX_POOL2D)
 
 
 def _reference_supports_max_pool2d(input: Tensor, kernel_size: Sequence[int]) -> Support:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
-from fmkernels.ops._native_support import native_ops_support, native_tensor_support
+from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops.linear import reference, schema  # noqa: F401 - schema defines the ops
 
 _NATIVE = native_ops_support("linear_forward", "linear_backward", "linear_pack_weight")
 
 
 def _cpu_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
-    return native_tensor_support(input) if _NATIVE.ok else _NATIVE
+    return native_cpu_support(input, _NATIVE)
 
 
 def _reference_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
