@@ -1,0 +1,111 @@
+"""Weights packed once, for inference: the part that all freezable layers share.
+
+A frozen layer keeps what the kernels read in a layout of their own, as non-persistent buffers, and the
+identity of the tensors it was made from: data pointer, version counter, dtype. Each forward compares
+them and packs again when one has changed (``load_state_dict``, an in-place update, ``.to(dtype)``). A
+write that neither moves the data nor bumps the version (``param.data[...] = ``, a fused optimizer, a
+NumPy view) goes unnoticed; ``FMKERNELS_CHECK_FROZEN=1`` packs on every call and raises on a difference.
+
+While torch.compile traces, the packed tensors are left aside: a graph cannot see a data pointer, and
+would keep using a stale weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Freezable(nn.Module):
+    """Mixin for layers whose weights can be packed; put it before the torch.nn class.
+
+    A subclass calls :meth:`_init_frozen` with the names of its buffers at the end of its constructor,
+    implements :meth:`_packing_sources` and :meth:`_compute_packing`, and reads :meth:`_packed` in
+    ``forward``.
+    """
+
+    _frozen_sources: tuple | None
+    _frozen_names: tuple[str, ...]
+
+    def _init_frozen(self, names: Sequence[str] = ("_packed_weight",)) -> None:
+        """Declare the buffers that packing fills; the layer starts unfrozen."""
+        self._frozen_sources = None
+        self._frozen_names = tuple(names)
+        for name in self._frozen_names:
+            self.register_buffer(name, None, persistent=False)
+
+    def _packing_sources(self) -> Sequence[Tensor]:
+        """The tensors that the packed ones are made from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it packs")
+
+    def _compute_packing(self) -> Sequence[Tensor | None]:
+        """Freshly packed tensors, one per declared buffer; None where the backend packs nothing."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it packs")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether forward reads packed weights."""
+        return self._frozen_sources is not None
+
+    def _pack(self) -> None:
+        """Freeze: pack the current weights."""
+        # Normal tensors even if the caller is in inference mode: they outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            sources = self._source_identity()
+            for name, packed in zip(self._frozen_names, self._compute_packing(), strict=True):
+                setattr(self, name, packed)
+        self._frozen_sources = sources
+
+    def _unpack(self) -> None:
+        """Unfreeze: drop the packed weights."""
+        self._frozen_sources = None
+        for name in self._frozen_names:
+            setattr(self, name, None)
+
+    def _packed(self) -> tuple[Tensor | None, ...]:
+        """The packed tensors, up to date; all None unless frozen."""
+        if self._frozen_sources is None or torch.compiler.is_compiling():
+            return (None,) * len(self._frozen_names)
+        if self._source_identity() != self._frozen_sources:
+            self._pack()
+        elif os.environ.get("FMKERNELS_CHECK_FROZEN") == "1":
+            self._check_packed()
+        return tuple(getattr(self, name) for name in self._frozen_names)
+
+    def _check_packed(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = self._compute_packing()
+        for name, packed in zip(self._frozen_names, fresh, strict=True):
+            current = getattr(self, name)
+            same = packed is current if packed is None or current is None else _same(packed, current)
+            if not same:
+                raise RuntimeError(
+                    f"{type(self).__name__} is frozen, and a weight was written without autograd "
+                    "noticing (.data, NumPy, a fused optimizer): freeze it again after such a write"
+                )
+
+    def _source_identity(self) -> tuple:
+        return tuple(
+            # Inference tensors have no version counter, and cannot change outside inference mode.
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
+            for t in self._packing_sources()
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit by bit (NaN equals itself)."""
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def adopt(layer: nn.Module, module: nn.Module) -> None:
+    """Make ``layer`` hold ``module``'s very Parameters and buffers, its submodules and training flag."""
+    for name, parameter in module._parameters.items():
+        layer._parameters[name] = parameter
+    for name, buffer in module._buffers.items():
+        layer._buffers[name] = buffer
+    layer.train(module.training)
