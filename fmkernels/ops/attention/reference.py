@@ -1,7 +1,7 @@
 """Scaled-dot-product attention in plain PyTorch: forward and a hand-written backward.
 
-:func:`sdpa_forward` and :func:`sdpa_backward` have the signatures of the ops in schema.py and use no
-autograd. :func:`attention_with_weights` is the same mathematics written so that autograd can
+:func:`sdpa_forward` and :func:`sdpa_backward` have the signatures of the ops in schema.py and use
+no autograd. :func:`attention_with_weights` is the same mathematics written so that autograd can
 differentiate it; it serves what the ops do not: dropout on the weights, a mask that needs a
 gradient, and the weights themselves. All sums are taken in float32 (float64 for float64).
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmkernels.ops.attention.schema import accumulate_dtype, empty_output
+from fmkernels.ops._activations import opmath_dtype
+from fmkernels.ops.attention.schema import empty_output
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -22,7 +23,8 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 
 def _sum_heads(grad: Tensor, shared: int) -> Tensor:
     """The gradient of :func:`_repeat_heads`."""
-    return grad if grad.size(1) == shared else grad.unflatten(1, (shared, -1)).sum(dim=2)
+    heads = grad.size(1)
+    return grad if heads == shared else grad.unflatten(1, (shared, heads // shared)).sum(dim=2)
 
 
 def _scores(
@@ -74,7 +76,7 @@ def attention_with_weights(
         output ``(B, Hq, Sq, Dv)``, weights ``(B, Hq, Sq, Sk)`` after dropout in the query's dtype,
         lse ``(B, Hq, Sq)``.
     """
-    dtype, heads = accumulate_dtype(query.dtype), query.size(1)
+    dtype, heads = opmath_dtype(query.dtype), query.size(1)
     keys, values = _repeat_heads(key, heads).to(dtype), _repeat_heads(value, heads).to(dtype)
     weights, lse = _softmax(_scores(query.to(dtype), keys, attn_mask, is_causal, scale))
     if dropout_p > 0.0:
@@ -110,7 +112,7 @@ def sdpa_backward(
     need_key: bool,
     need_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, (heads, shared) = accumulate_dtype(query.dtype), (query.size(1), key.size(1))
+    dtype, (heads, shared) = opmath_dtype(query.dtype), (query.size(1), key.size(1))
     grad_output = grad_output.to(dtype)
     queries = query.to(dtype)
     keys, values = _repeat_heads(key, heads).to(dtype), _repeat_heads(value, heads).to(dtype)

@@ -3,16 +3,18 @@
 B batch, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv), Sq queries, Sk keys.
 
 ``sdpa_forward``
-    query ``(B, Hq, Sq, D)``, key ``(B, Hkv, Sk, D)``, value ``(B, Hkv, Sk, Dv)``: unit last stride,
-    other strides free. attn_mask: None, or four-dimensional and broadcastable to
+    query ``(B, Hq, Sq, D)``, key ``(B, Hkv, Sk, D)``, value ``(B, Hkv, Sk, Dv)``: unit last
+    stride, other strides free. attn_mask: None, or four-dimensional and broadcastable to
     ``(B, Hq, Sq, Sk)``, bool (True: take part) or the query's dtype (added to the scaled scores),
     any strides. With ``is_causal`` query i sees keys 0..i. Returns
-    ``output = softmax(scale * query key^T + mask) value`` of shape ``(B, Hq, Sq, Dv)`` and ``lse``,
-    the natural logarithm of the softmax's denominator (its maximum included), ``(B, Hq, Sq)`` in
-    float32 (float64 for float64). A row without any visible key has output 0 and lse -inf.
+    ``output = softmax(scale * query key^T + mask) value`` of shape ``(B, Hq, Sq, Dv)`` and
+    ``lse``, the natural logarithm of the softmax's denominator (its maximum included),
+    ``(B, Hq, Sq)`` in float32 (float64 for float64). A row without any visible key has output 0
+    and lse -inf.
     The output is contiguous, except that it is the transpose of a contiguous ``(B, Sq, Hq, Dv)``
     tensor when the query is the transpose of a contiguous ``(B, Sq, Hq, D)`` one.
 ``sdpa_backward``
+    grad_output has unit last stride and otherwise any strides; grad_lse is contiguous. Returns
     the gradients of query, key and value, contiguous; an empty tensor of shape ``(0,)`` for each
     that is not needed.
 """
@@ -22,23 +24,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-library = torch.library.Library("fmkernels", "FRAGMENT")
+from fmkernels.ops._activations import opmath_dtype
 
-library.define(
+_library = torch.library.Library("fmkernels", "FRAGMENT")
+
+_library.define(
     "sdpa_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
     "float scale) -> (Tensor output, Tensor lse)"
 )
-library.define(
+_library.define(
     "sdpa_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     "Tensor output, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, bool need_query, "
     "bool need_key, bool need_value) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, sums and lse for queries of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, heads, length, width)
 
 
-@torch.library.register_fake("fmkernels::sdpa_forward")
+@torch.library.register_fake("fmkernels::sdpa_forward", lib=_library)
 def _sdpa_forward_fake(
     query: Tensor,
     key: Tensor,
@@ -59,11 +58,11 @@ def _sdpa_forward_fake(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:-1], dtype=accumulate_dtype(query.dtype))
+    lse = query.new_empty(query.shape[:-1], dtype=opmath_dtype(query.dtype))
     return empty_output(query, value), lse
 
 
-@torch.library.register_fake("fmkernels::sdpa_backward")
+@torch.library.register_fake("fmkernels::sdpa_backward", lib=_library)
 def _sdpa_backward_fake(
     grad_output: Tensor,
     grad_lse: Tensor | None,

@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmkernels.ops.rnn.schema import cell_dtype
+from fmkernels.ops._activations import opmath_dtype
 
 
 def split_weights(weights: list[Tensor], directions: int) -> list[tuple[Tensor | None, ...]]:
-    """Group the flat weight list: ``(w_ih, w_hh, b_ih, b_hh)`` per direction, biases may be None."""
+    """``(w_ih, w_hh, b_ih, b_hh)`` per direction from the flat list; biases may be None."""
     per_direction = len(weights) // directions
     groups = [
         tuple(weights[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
@@ -42,7 +42,7 @@ def lstm_forward(
     batch_first: bool,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, state_dtype = input.dtype, cell_dtype(input.dtype)
+    dtype, state_dtype = input.dtype, opmath_dtype(input.dtype)
     time_dim = 1 if batch_first else 0
     steps = input.transpose(0, time_dim)  # (T, B, I)
     outputs, last_hidden, last_cell, all_gates, all_cells = [], [], [], [], []
@@ -97,7 +97,7 @@ def lstm_backward(
     need_hx: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    dtype, state_dtype = input.dtype, cell_dtype(input.dtype)
+    dtype, state_dtype = input.dtype, opmath_dtype(input.dtype)
     time_dim = 1 if batch_first else 0
     steps = input.transpose(0, time_dim).to(state_dtype)  # (T, B, I)
     grad_steps = torch.zeros_like(steps)

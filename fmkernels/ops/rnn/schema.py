@@ -1,7 +1,8 @@
 """The rnn family's ops: schemas and fake kernels.
 
-One op runs one LSTM layer over a whole sequence, in one or two directions; the LSTM cell is the same
-op over one step. T steps, B batch, I input features, H hidden features, D directions (1 or 2).
+One op runs one LSTM layer over a whole sequence, in one or two directions; the LSTM cell is the
+same op over one step. T steps, B batch, I input features, H hidden features, D directions (one
+or two).
 
 ``lstm_forward``
     input ``(T, B, I)``, or ``(B, T, I)`` with ``batch_first``, last dimension contiguous, other
@@ -24,28 +25,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-library = torch.library.Library("fmkernels", "FRAGMENT")
+from fmkernels.ops._activations import opmath_dtype
 
-library.define(
+_library = torch.library.Library("fmkernels", "FRAGMENT")
+
+_library.define(
     "lstm_forward(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? packed_weight, "
     "bool batch_first, bool save_for_backward) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
-library.define(
+_library.define(
     "lstm_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor input, Tensor h0, "
     "Tensor c0, Tensor[] weights, Tensor output, Tensor gates, Tensor cells, bool batch_first, "
     "bool need_input, bool need_hx, bool need_weights) "
     "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)"
 )
-library.define("lstm_pack_weight(Tensor[] weights, bool has_biases) -> Tensor")
+_library.define("lstm_pack_weight(Tensor[] weights, bool has_biases) -> Tensor")
 
 
-def cell_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the cell state is carried and sums are taken for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("fmkernels::lstm_forward")
+@torch.library.register_fake("fmkernels::lstm_forward", lib=_library)
 def _lstm_forward_fake(
     input: Tensor,
     h0: Tensor,
@@ -58,7 +56,7 @@ def _lstm_forward_fake(
     directions, batch, hidden = h0.shape
     steps = input.size(1 if batch_first else 0)
     leading = (batch, steps) if batch_first else (steps, batch)
-    state_dtype = cell_dtype(input.dtype)
+    state_dtype = opmath_dtype(input.dtype)
     saved = (directions, steps, batch) if save_for_backward else None
     return (
         input.new_empty(*leading, directions * hidden),
@@ -69,7 +67,7 @@ def _lstm_forward_fake(
     )
 
 
-@torch.library.register_fake("fmkernels::lstm_backward")
+@torch.library.register_fake("fmkernels::lstm_backward", lib=_library)
 def _lstm_backward_fake(
     grad_output: Tensor,
     grad_h_n: Tensor,
@@ -97,8 +95,8 @@ def _lstm_backward_fake(
     )
 
 
-@torch.library.register_fake("fmkernels::lstm_pack_weight")
+@torch.library.register_fake("fmkernels::lstm_pack_weight", lib=_library)
 def _lstm_pack_weight_fake(weights: list[Tensor], has_biases: bool) -> Tensor:
-    # The size is the native library's business; code that packs does so outside of compiled graphs.
-    size = torch.library.get_ctx().new_dynamic_size()
-    return weights[0].new_empty(size, dtype=torch.uint8)
+    # The packed size depends on the ISA of the machine, which only the kernel knows.
+    size = torch.library.get_ctx().new_dynamic_size(min=64)
+    return weights[0].new_empty((size,), dtype=torch.uint8)
