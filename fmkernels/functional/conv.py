@@ -180,6 +180,16 @@ def max_pool2d(
     return (output, indices) if return_indices else output
 
 
+def pool2d(input: Tensor, pool: Pool, *, backend: str | None = None) -> Tensor:
+    """The pooling step of :func:`conv2d` on its own: ``pool`` as there, ``input`` (N, C, H, W)."""
+    _checks.tensor("input", input)
+    _checks.rank("input", input, 4)
+    _check_image("input", input)
+    kind, window = _parse_pool(pool, 2)
+    _check_window("input", input.shape[2:], window, False)
+    return _pool2d(input, kind, window, backend)
+
+
 def _conv(
     dims: int,
     input: Tensor,
@@ -218,7 +228,7 @@ def _conv(
     stride = _checks.integers("stride", stride, dims, 1)
     dilation = _checks.integers("dilation", dilation, dims, 1)
     kernel = tuple(weight.shape[2:])
-    edges = _padding_edges(padding, kernel, stride, dilation)
+    edges = padding_edges(padding, kernel, stride, dilation)
 
     unbatched = input.dim() == dims + 1
     if unbatched:
@@ -266,11 +276,8 @@ def _conv(
         (*window[0], *window[1], *window[2]) if fused else (),
         backend,
     )
-    if kind == "max" and not fused:
-        output, _ = _max_pool2d(output, *window, False, backend, False)
-    elif kind == "avg":
-        _leave_to_torch("conv2d's average pooling", "average pooling is not fused", backend)
-        output = F.avg_pool2d(output, *window[:3])
+    if kind is not None and not fused:
+        output = _pool2d(output, kind, window, backend)
     if dims == 1:
         output = output.squeeze(2)
     return output.squeeze(0) if unbatched else output
@@ -298,7 +305,7 @@ def _check_groups(channels: int, weight: Tensor, groups: int) -> None:
         )
 
 
-def _padding_edges(
+def padding_edges(
     padding: IntOrTuple | str,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
@@ -403,6 +410,13 @@ def _check_window(name: str, size: Sequence[int], window: Window, ceil_mode: boo
             )
 
 
+def _pool2d(input: Tensor, kind: str, window: Window, backend: str | None) -> Tensor:
+    if kind == "avg":
+        _leave_to_torch("average pooling", "has no average pooling", backend)
+        return F.avg_pool2d(input, *window[:3])
+    return _max_pool2d(input, *window, False, backend, False)[0]
+
+
 def _max_pool2d(
     input: Tensor,
     kernel_size: tuple[int, int],
@@ -427,6 +441,11 @@ def _max_pool2d(
     return output, autograd.flat_indices(
         argmax, input.shape[3], kernel_size, stride, padding, dilation
     )
+
+
+def check_pool(pool: Pool | None, dims: int) -> None:
+    """Raise TypeError or ValueError, naming ``pool``, unless it is a valid pool argument."""
+    _parse_pool(pool, dims)
 
 
 def _leave_to_torch(op: str, reason: str, backend: str | None) -> None:

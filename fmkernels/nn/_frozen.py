@@ -103,9 +103,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def adopt(layer: nn.Module, module: nn.Module) -> None:
-    """Make ``layer`` hold ``module``'s very Parameters and buffers, its submodules and training flag."""
-    for name, parameter in module._parameters.items():
-        layer._parameters[name] = parameter
-    for name, buffer in module._buffers.items():
-        layer._buffers[name] = buffer
-    layer.train(module.training)
+    """Make ``layer`` hold ``module``'s very Parameters and buffers, and its training flag.
+
+    Raises:
+        ValueError: a parameter of the layer is not a plain parameter of ``module`` (it is computed by
+            a parametrization, or the modules do not match), so there is nothing to share.
+    """
+    for name in layer._parameters:
+        if name not in module._parameters:
+            raise ValueError(
+                f"module has no parameter {name!r} to share (is it parametrized?), got {module!r}"
+            )
+    layer._parameters.update(module._parameters)
+    layer._buffers.update(module._buffers)
+    layer.training = module.training
