@@ -59,7 +59,7 @@ class Info:
         native_error: why they are not; None when they are.
         isa: the instruction set in use, None without the native library.
         isas_available: every instruction set built in that this processor has.
-        build: compiler, flags and what else the build recorded.
+        build: compiler, flags and what else the build recorded; empty without the native library.
         threads: torch's intra-op thread count, which the kernels share.
         backends: each backend with its reason.
         machine: the processor.
@@ -120,14 +120,16 @@ def info() -> Info:
     Returns:
         :class:`Info`.
     """
-    build = dict(_native.build_info()) if _native.HAS_NATIVE else {}
-    available = build.pop("isas_available", None)
+    build = dict(_native.build_info())
+    for key in ("native", "error"):  # said by fields of their own
+        build.pop(key, None)
+    available = build.pop("isas_supported", None) or filter(None, [_native.isa()])
     return Info(
         version=__version__,
         native=_native.HAS_NATIVE,
         native_error=_native.NATIVE_ERROR,
         isa=_native.isa(),
-        isas_available=tuple(available if available is not None else filter(None, [_native.isa()])),
+        isas_available=tuple(available),
         build=build,
         threads=torch.get_num_threads(),
         backends=_backend_states(),

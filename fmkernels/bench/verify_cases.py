@@ -1,0 +1,418 @@
+"""What ``fmkernels verify`` computes: for each op, a set of shapes, layouts and options.
+
+A case states the inputs as a recipe and the same computation twice: through ``fmkernels.functional`` and
+through PyTorch. Shapes are small but cross the kernels' block edges: odd sizes, single elements, channel
+counts on both sides of a vector's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmkernels import functional
+from fmkernels.ops import _activations
+
+Named = dict[str, Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation to verify.
+
+    Attributes:
+        family, op, name: what it is; ``name`` says the shape, layout and options.
+        make: returns float64 inputs by name, drawn from the given generator; every one of floating
+            point gets a gradient, except those whose name is in ``constants``.
+        ours: the computation through fmkernels: ``ours(inputs, backend)``.
+        torch: the same through PyTorch.
+        constants: inputs that take no gradient.
+    """
+
+    family: str
+    op: str
+    name: str
+    make: Callable[[torch.Generator], Named]
+    ours: Callable[[Named, str], Outputs]
+    torch: Callable[[Named], Outputs]
+    constants: tuple[str, ...] = ()
+
+
+def all_cases() -> list[Case]:
+    """Every case of every family."""
+    return [*conv_cases(), *max_pool_cases(), *linear_cases(), *lstm_cases(), *attention_cases()]
+
+
+def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """``tensor`` (4-D) with the same values in another memory layout."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 3, dtype=tensor.dtype)
+        wide[..., 1:-2] = tensor
+        return wide[..., 1:-2]
+    if layout == "transposed":  # dims 1 and 2 swapped in memory, as attention's heads often are
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------- convolution
+
+
+def _conv_inputs(generator, *, shape, out, kernel, groups, layout, bias, affine, residual) -> Named:
+    fan_in = shape[1] // groups * kernel[0] * kernel[1]
+    inputs = {
+        "input": _laid_out(_normal(generator, *shape), layout),
+        "weight": _normal(generator, out, shape[1] // groups, *kernel, scale=fan_in**-0.5),
+    }
+    if bias:
+        inputs["bias"] = _normal(generator, out)
+    if affine:
+        inputs["scale"] = _normal(generator, out).abs() + 0.5
+        inputs["shift"] = _normal(generator, out)
+    if residual is not None:
+        inputs["residual"] = _laid_out(_normal(generator, *residual), layout)
+    return inputs
+
+
+def _torch_conv(inputs: Named, *, geometry: dict[str, Any], activation, pool) -> Tensor:
+    y = F.conv2d(inputs["input"], inputs["weight"], inputs.get("bias"), **geometry)
+    if "scale" in inputs:
+        y = y * inputs["scale"][:, None, None] + inputs["shift"][:, None, None]
+    if "residual" in inputs:
+        y = y + inputs["residual"]
+    y = _activations.apply(activation, y)
+    return F.max_pool2d(y, *pool[1:]) if pool else y
+
+
+def _our_conv(inputs: Named, backend: str, *, geometry, activation, pool) -> Tensor:
+    extras = {key: inputs[key] for key in ("scale", "shift", "residual") if key in inputs}
+    return functional.conv2d(
+        inputs["input"],
+        inputs["weight"],
+        inputs.get("bias"),
+        **geometry,
+        activation=activation,
+        pool=pool,
+        backend=backend,
+        **extras,
+    )
+
+
+def _conv(
+    name: str,
+    shape=(2, 5, 9, 11),
+    out=7,
+    kernel=(3, 3),
+    *,
+    layout="contiguous",
+    bias=True,
+    affine=False,
+    residual=False,
+    activation=None,
+    pool=None,
+    **geometry,
+) -> Case:
+    residual_shape = None
+    if residual:
+        with torch.device("meta"):
+            empty = torch.empty(out, shape[1] // geometry.get("groups", 1), *kernel)
+            residual_shape = tuple(F.conv2d(torch.empty(shape), empty, **geometry).shape)
+    make = partial(
+        _conv_inputs,
+        shape=shape,
+        out=out,
+        kernel=kernel,
+        groups=geometry.get("groups", 1),
+        layout=layout,
+        bias=bias,
+        affine=affine,
+        residual=residual_shape,
+    )
+    options = {"geometry": geometry, "activation": activation, "pool": pool}
+    # A conv computed here with a trainable scale is composed from separate ops, see functional.conv2d;
+    # the fused scale is the one that takes no gradient (a batch norm in evaluation).
+    return Case(
+        "conv",
+        "conv2d",
+        f"{name} {layout}",
+        make,
+        partial(_our_conv, **options),
+        partial(_torch_conv, **options),
+        constants=("scale",) if affine else (),
+    )
+
+
+def conv_cases() -> Iterator[Case]:
+    for layout in ("contiguous", "channels_last"):
+        conv = partial(_conv, layout=layout)
+        yield conv("3x3", padding=1)
+        yield conv("3x3 without bias or padding", bias=False)
+        yield conv("3x3 17->33 channels", (2, 17, 8, 13), 33, padding=1)
+        yield conv("3x3 32->64 channels", (2, 32, 16, 16), 64, padding=1)
+        yield conv("3x3 64->64 channels 1x7x7", (1, 64, 7, 7), 64, padding=1)
+        yield conv("3x3 stride 2", (2, 16, 15, 14), 24, stride=2, padding=1)
+        yield conv("3x3 dilation 2", dilation=2, padding=2)
+        yield conv("5x3 stride (2, 1)", kernel=(5, 3), stride=(2, 1), padding=(2, 0))
+        yield conv("1x1", (3, 19, 6, 7), 21, (1, 1))
+        yield conv("1x1 stride 2", (2, 32, 8, 8), 16, (1, 1), stride=2)
+        yield conv("7x7 stride 2 from 3 channels", (2, 3, 20, 22), 16, (7, 7), stride=2, padding=3)
+        yield conv("groups 2", (2, 12, 7, 8), 10, groups=2, padding=1)
+        yield conv("depthwise", (2, 21, 9, 10), 21, groups=21, padding=1)
+        yield conv("depthwise stride 2", (2, 16, 9, 10), 16, groups=16, stride=2, padding=1)
+        yield conv("1x1 image", (4, 8, 1, 1), 8, padding=1)
+        yield conv("scale and shift", (2, 16, 8, 8), 16, padding=1, affine=True)
+        yield conv("residual relu", (2, 16, 8, 8), 16, padding=1, residual=True, activation="relu")
+        yield conv(
+            "scale, shift, relu, pool 2x2",
+            (2, 3, 16, 16),
+            32,
+            padding=1,
+            affine=True,
+            activation="relu",
+            pool=("max", 2, 2, 0),
+        )
+        yield conv("pool 2x2 of odd size", padding=1, pool=("max", 2, 2, 0))
+        yield conv("gelu, pool 3x3", padding=1, activation="gelu", pool=("max", 3, 2, 1))
+        for activation in _activations.NAMES:
+            yield conv(activation, (2, 8, 6, 7), 18, padding=1, activation=activation)
+    yield _conv("3x3", layout="sliced", padding=1)
+
+
+def max_pool_cases() -> Iterator[Case]:
+    shapes = {"2x5x9x11": (2, 5, 9, 11), "1x33x8x8": (1, 33, 8, 8)}
+    options = {
+        "2x2": {"kernel_size": 2},
+        "3x3 stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
+        "3x2 dilated, ceil": {"kernel_size": (3, 2), "stride": 2, "dilation": 2, "ceil_mode": True},
+    }
+    for layout in ("contiguous", "channels_last", "sliced"):
+        for size, shape in shapes.items():
+            for name, option in options.items():
+                yield Case(
+                    "conv",
+                    "max_pool2d",
+                    f"{name} of {size} {layout}",
+                    lambda g, s=shape, to=layout: {"input": _laid_out(_normal(g, *s), to)},
+                    lambda x, b, o=option: functional.max_pool2d(x["input"], **o, backend=b),
+                    lambda x, o=option: F.max_pool2d(x["input"], **o),
+                )
+
+
+# --------------------------------------------------------------------------------------- linear
+
+
+def _linear(name: str, rows: tuple[int, ...], features: int, out: int, **options) -> Case:
+    bias, residual = options.pop("bias", True), options.pop("residual", False)
+    activation = options.pop("activation", None)
+
+    def make(generator: torch.Generator) -> Named:
+        inputs = {
+            "input": _normal(generator, *rows, features),
+            "weight": _normal(generator, out, features, scale=features**-0.5),
+        }
+        if bias:
+            inputs["bias"] = _normal(generator, out)
+        if residual:
+            inputs["residual"] = _normal(generator, *rows, out)
+        return inputs
+
+    def ours(x: Named, backend: str) -> Tensor:
+        return functional.linear(
+            x["input"],
+            x["weight"],
+            x.get("bias"),
+            activation=activation,
+            residual=x.get("residual"),
+            backend=backend,
+        )
+
+    def theirs(x: Named) -> Tensor:
+        y = F.linear(x["input"], x["weight"], x.get("bias"))
+        return _activations.apply(activation, y + x["residual"] if residual else y)
+
+    return Case("linear", "linear", name, make, ours, theirs)
+
+
+def linear_cases() -> Iterator[Case]:
+    yield _linear("33x47->19", (33,), 47, 19)
+    yield _linear("128x256->192", (128,), 256, 192)
+    yield _linear("one row 300->65", (1,), 300, 65)
+    yield _linear("3x5x64->128", (3, 5), 64, 128)
+    yield _linear("a vector 40->24", (), 40, 24)
+    yield _linear("17x1->1", (17,), 1, 1)
+    yield _linear("without bias 20x31->16", (20,), 31, 16, bias=False)
+    yield _linear("residual relu 20x32->48", (20,), 32, 48, residual=True, activation="relu")
+    for activation in _activations.NAMES:
+        yield _linear(f"{activation} 9x33->20", (9,), 33, 20, activation=activation)
+
+
+# ------------------------------------------------------------------------------------------ rnn
+
+
+def _lstm(
+    name: str,
+    shape: tuple[int, int, int],
+    hidden: int,
+    *,
+    hx: bool = False,
+    bias: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> Case:
+    template = nn.LSTM(
+        shape[2], hidden, num_layers, bias, batch_first, bidirectional=bidirectional, device="meta"
+    )
+    weight_names = [key for key, _ in template.named_parameters()]
+    states = (num_layers * (1 + bidirectional), shape[0 if batch_first else 1], hidden)
+
+    def make(generator: torch.Generator) -> Named:
+        inputs = {"input": _normal(generator, *shape)}
+        if hx:
+            inputs["h0"] = _normal(generator, *states, scale=0.5)
+            inputs["c0"] = _normal(generator, *states)
+        for key, parameter in template.named_parameters():
+            inputs[key] = _normal(generator, *parameter.shape, scale=hidden**-0.5)
+        return inputs
+
+    def arguments(x: Named) -> tuple:
+        zeros = x["input"].new_zeros(states)
+        weights = [x[key] for key in weight_names]
+        options = (bias, num_layers, 0.0, False, bidirectional, batch_first)
+        return x["input"], (x.get("h0", zeros), x.get("c0", zeros)), weights, *options
+
+    return Case(
+        "rnn",
+        "lstm",
+        name,
+        make,
+        lambda x, backend: functional.lstm(*arguments(x), backend=backend),
+        lambda x: torch.lstm(*arguments(x)),
+    )
+
+
+def _lstm_cell(name: str, batch: int, features: int, hidden: int) -> Case:
+    def make(generator: torch.Generator) -> Named:
+        draw = partial(_normal, generator)
+        return {
+            "input": draw(batch, features),
+            "h": draw(batch, hidden, scale=0.5),
+            "c": draw(batch, hidden),
+            "w_ih": draw(4 * hidden, features, scale=hidden**-0.5),
+            "w_hh": draw(4 * hidden, hidden, scale=hidden**-0.5),
+            "b_ih": draw(4 * hidden, scale=0.2),
+            "b_hh": draw(4 * hidden, scale=0.2),
+        }
+
+    def arguments(x: Named) -> tuple:
+        return x["input"], (x["h"], x["c"]), x["w_ih"], x["w_hh"], x["b_ih"], x["b_hh"]
+
+    return Case(
+        "rnn",
+        "lstm_cell",
+        name,
+        make,
+        lambda x, backend: functional.lstm_cell(*arguments(x), backend=backend),
+        lambda x: torch.lstm_cell(*arguments(x)),
+    )
+
+
+def lstm_cases() -> Iterator[Case]:
+    yield _lstm("T5 B3 7->9", (5, 3, 7), 9)
+    yield _lstm("T12 B16 32->64", (12, 16, 32), 64)
+    yield _lstm("T9 B1 24->48", (9, 1, 24), 48)
+    yield _lstm("T1 B2 5->16", (1, 2, 5), 16)
+    yield _lstm("T6 B5 11->20 with hx", (6, 5, 11), 20, hx=True)
+    yield _lstm("batch first B4 T6 10->12", (4, 6, 10), 12, batch_first=True)
+    yield _lstm("without bias T4 B3 8->8", (4, 3, 8), 8, bias=False)
+    yield _lstm(
+        "bidirectional, 2 layers T6 B3 7->10 with hx",
+        (6, 3, 7),
+        10,
+        hx=True,
+        num_layers=2,
+        bidirectional=True,
+    )
+    yield _lstm_cell("B1 5->7", 1, 5, 7)
+    yield _lstm_cell("B32 64->64", 32, 64, 64)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def _sdpa(
+    name: str,
+    query: tuple[int, int, int, int],
+    keys: int | None = None,
+    *,
+    kv_heads: int | None = None,
+    value_width: int | None = None,
+    mask: str | None = None,
+    layout: str = "contiguous",
+    **options,
+) -> Case:
+    batch, heads, queries, width = query
+    keys, kv_heads = keys or queries, kv_heads or heads
+    if kv_heads != heads:
+        options["enable_gqa"] = True
+
+    def make(generator: torch.Generator) -> Named:
+        draw = partial(_normal, generator)
+        inputs = {
+            "query": _laid_out(draw(*query), layout),
+            "key": _laid_out(draw(batch, kv_heads, keys, width), layout),
+            "value": _laid_out(draw(batch, kv_heads, keys, value_width or width), layout),
+        }
+        if mask == "float":
+            inputs["mask"] = draw(batch, 1, queries, keys)
+        elif mask == "bool":
+            inputs["mask"] = draw(batch, heads, queries, keys) > 0
+            inputs["mask"][..., 0] = True
+        elif mask == "padding":
+            inputs["mask"] = (torch.arange(keys) < keys // 2 + 1).expand(batch, 1, 1, keys)
+        elif mask == "empty rows":
+            inputs["mask"] = draw(queries, keys) > 0
+            inputs["mask"][::3] = False
+        return inputs
+
+    def arguments(x: Named) -> tuple:
+        return x["query"], x["key"], x["value"], x.get("mask")
+
+    return Case(
+        "attention",
+        "sdpa",
+        f"{name} {layout}",
+        make,
+        lambda x, backend: functional.scaled_dot_product_attention(
+            *arguments(x), **options, backend=backend
+        ),
+        lambda x: F.scaled_dot_product_attention(*arguments(x), **options),
+        constants=("mask",),
+    )
+
+
+def attention_cases() -> Iterator[Case]:
+    for layout in ("contiguous", "transposed", "sliced"):
+        yield _sdpa("2x3x37x16", (2, 3, 37, 16), layout=layout)
+        yield _sdpa("causal 1x2x70x32", (1, 2, 70, 32), layout=layout, is_causal=True)
+    yield _sdpa("1x2x130x64 of 200 keys", (1, 2, 130, 64), 200)
+    yield _sdpa("causal 1x2x20x24 of 45 keys", (1, 2, 20, 24), 45, is_causal=True)
+    yield _sdpa("causal 1x2x45x24 of 20 keys", (1, 2, 45, 24), 20, is_causal=True)
+    yield _sdpa("scale 1x2x17x20", (1, 2, 17, 20), scale=0.3)
+    yield _sdpa("narrow values 1x2x19x24->11", (1, 2, 19, 24), value_width=11)
+    yield _sdpa("GQA 8/2 heads 2x8x21x16", (2, 8, 21, 16), kv_heads=2)
+    yield _sdpa("decode 2x8/2x1x64 of 77 keys", (2, 8, 1, 64), 77, kv_heads=2)
+    for mask in ("float", "bool", "padding", "empty rows"):
+        yield _sdpa(f"{mask} mask 2x3x18x16 of 29 keys", (2, 3, 18, 16), 29, mask=mask)

@@ -1,0 +1,306 @@
+"""What is measured: layers and models in PyTorch's own words, with inputs, as data.
+
+A workload is built from ``torch.nn`` alone; the fmkernels candidate is made from a copy of it by
+``fmkernels.replace``, so the benchmarks measure what a user gets. Floating-point operations are counted
+by PyTorch's own counter on the meta device (an FMA is two), bytes are the least memory traffic: every
+input, parameter, buffer and output once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fmkernels
+from fmkernels import functional, models
+
+FAMILIES = ("conv", "linear", "rnn", "attention", "models")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+MODES = ("inference", "training")
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to time.
+
+    Attributes:
+        name: unique, and the row's label in reports.
+        family: one of :data:`FAMILIES`.
+        build: returns the fp32 torch module and its input tensors; called under a fixed seed.
+        dtypes: names from :data:`DTYPES` it is run in.
+        modes: "inference", "training" or both.
+        layouts: memory formats a user would choose between; eager is timed in each of them.
+        input_gradient: whether training asks for gradients of the floating-point inputs (a layer
+            inside a network does, a whole model and a first layer do not).
+        flops_share: the part of the counted operations that has to be done (causal masks: a half).
+        backward_cost: operations of the backward pass as a multiple of the forward's.
+        quick: whether ``--quick`` keeps it.
+        substitute: how the fmkernels version is made from a copy of the module; None for
+            ``fmkernels.replace``.
+    """
+
+    name: str
+    family: str
+    build: Callable[[], tuple[nn.Module, Inputs]]
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    modes: tuple[str, ...] = MODES
+    layouts: tuple[str, ...] = ("contiguous",)
+    input_gradient: bool = True
+    flops_share: float = 1.0
+    backward_cost: float = 2.0
+    quick: bool = False
+    substitute: Callable[[nn.Module], nn.Module] | None = None
+
+    def make(self, dtype: str, seed: int = 0) -> tuple[nn.Module, Inputs]:
+        """The module in eval mode and its inputs, in ``dtype``; the same values for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module, inputs = self.build()
+        to = DTYPES[dtype]
+        return module.to(to).eval(), tuple(cast(tensor, to) for tensor in inputs)
+
+    def cost(self, dtype: str, mode: str = "inference") -> Cost:
+        """Operations and bytes of one call in ``mode``."""
+        module, inputs = self.make("fp32")
+        module, meta = module.to("meta"), tuple(tensor.to("meta") for tensor in inputs)
+        # With gradients on: fused inference-only operations are opaque to the counter.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            outputs = module(*meta)
+        size = DTYPES[dtype].itemsize
+        held = [*module.parameters(), *module.buffers(), *meta, *tensors_in(outputs)]
+        nbytes = sum(
+            tensor.numel() * (size if tensor.is_floating_point() else tensor.itemsize)
+            for tensor in held
+        )
+        flops = int(counter.get_total_flops() * self.flops_share)
+        if mode == "training":
+            # Backward reads all of that again and writes a gradient for most of it.
+            return Cost(int(flops * (1 + self.backward_cost)), 3 * nbytes)
+        return Cost(flops, nbytes)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and the least bytes moved by one call."""
+
+    flops: int
+    bytes: int
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in ``dtype`` if it is floating point, else as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class Attention(nn.Module):
+    """Scaled-dot-product attention as a module: a call, not a layer, so ``attend`` is swapped."""
+
+    def __init__(self, attend: Callable[..., torch.Tensor], **options: Any) -> None:
+        super().__init__()
+        self.attend = attend
+        self.options = options
+
+    def forward(self, query, key, value, mask=None):
+        return self.attend(query, key, value, attn_mask=mask, **self.options)
+
+
+def _with_our_attention(module: Attention) -> Attention:
+    return Attention(functional.scaled_dot_product_attention, **module.options)
+
+
+def _settled(module: nn.Module) -> nn.Module:
+    """Gives batch norms statistics and weights that differ from "do nothing"."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.normal_(child.running_mean, std=0.2)
+            nn.init.uniform_(child.running_var, 0.5, 1.5)
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.normal_(child.bias, std=0.2)
+    return module
+
+
+def _conv(
+    batch: int, channels: int, size: int, out: int, kernel: int = 3, *, block=False, **options
+) -> tuple[nn.Module, Inputs]:
+    conv = nn.Conv2d(channels, out, kernel, **{"padding": kernel // 2, **options})
+    after = [nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)] if block else []
+    return _settled(nn.Sequential(conv, *after)), (torch.randn(batch, channels, size, size),)
+
+
+def _linear(rows: int, out: int, features: int) -> tuple[nn.Module, Inputs]:
+    return nn.Linear(features, out), (torch.randn(rows, features),)
+
+
+def _lstm(time: int, batch: int, features: int, hidden: int, **options) -> tuple[nn.Module, Inputs]:
+    return nn.LSTM(features, hidden, **options), (torch.randn(time, batch, features),)
+
+
+class _TwoLSTMs(nn.Module):
+    """Two LSTM layers of different width, as in the recurrent reference architecture."""
+
+    def __init__(self, features: int, first: int, second: int) -> None:
+        super().__init__()
+        self.first = nn.LSTM(features, first)
+        self.second = nn.LSTM(first, second)
+
+    def forward(self, sequence):
+        return self.second(self.first(sequence)[0])[0]
+
+
+def _two_lstms() -> tuple[nn.Module, Inputs]:
+    return _TwoLSTMs(64, 128, 64), (torch.randn(100, 32, 64),)
+
+
+def _lstm_cell(batch: int, hidden: int) -> tuple[nn.Module, Inputs]:
+    return nn.LSTMCell(hidden, hidden), (torch.randn(batch, hidden),)
+
+
+def _sdpa(
+    batch: int,
+    heads: int,
+    queries: int,
+    width: int,
+    *,
+    keys: int | None = None,
+    kv_heads: int | None = None,
+    padded: bool = False,
+    **options,
+) -> tuple[nn.Module, Inputs]:
+    keys, kv_heads = keys or queries, kv_heads or heads
+    query = torch.randn(batch, heads, queries, width)
+    key, value = (torch.randn(batch, kv_heads, keys, width) for _ in range(2))
+    if kv_heads != heads:
+        options["enable_gqa"] = True
+    module = Attention(nn.functional.scaled_dot_product_attention, **options)
+    if not padded:
+        return module, (query, key, value)
+    # Each sequence of the batch ends somewhere in its second half.
+    lengths = torch.linspace(keys // 2, keys, batch).long()
+    mask = torch.arange(keys) < lengths[:, None]
+    return module, (query, key, value, mask[:, None, None, :])
+
+
+def _encoder_layer() -> tuple[nn.Module, Inputs]:
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
+    return layer, (torch.randn(8, 128, 512),)
+
+
+def _cnn(variant: str, batch: int) -> tuple[nn.Module, Inputs]:
+    return models.CNN(variant=variant), (torch.randn(batch, 3, 32, 32),)
+
+
+def _rnn(batch: int, time: int) -> tuple[nn.Module, Inputs]:
+    return models.RNN(64), (torch.randn(batch, time, 64),)
+
+
+def _transformer(batch: int, length: int) -> tuple[nn.Module, Inputs]:
+    return models.Transformer(), (torch.randn(batch, length, 512), torch.randn(batch, length, 512))
+
+
+_BOTH_LAYOUTS = ("contiguous", "channels_last")
+conv = partial(Workload, family="conv", layouts=_BOTH_LAYOUTS)
+linear = partial(Workload, family="linear")
+rnn = partial(Workload, family="rnn")
+attention = partial(Workload, family="attention")
+sdpa = partial(attention, backward_cost=2.5, substitute=_with_our_attention)
+model = partial(Workload, family="models", input_gradient=False)
+cnn = partial(model, layouts=_BOTH_LAYOUTS)
+
+# The names state batch x channels x height x width (-> out channels), time T, batch B, hidden H,
+# batch x heads x queries x width.
+WORKLOADS: tuple[Workload, ...] = (
+    conv("conv-bn-relu-pool 32x64x56x56->64", build=partial(_conv, 32, 64, 56, 64, block=True), quick=True),
+    conv(
+        "conv-bn-relu-pool 32x3x32x32->64",
+        build=partial(_conv, 32, 3, 32, 64, block=True),
+        input_gradient=False,
+        backward_cost=1.0,
+    ),
+    conv("conv 3x3 8x128x28x28->128", build=partial(_conv, 8, 128, 28, 128), quick=True),
+    conv("conv 3x3 stride 2 8x64x56x56->128", build=partial(_conv, 8, 64, 56, 128, stride=2)),
+    conv("conv 1x1 8x256x28x28->256", build=partial(_conv, 8, 256, 28, 256, 1)),
+    conv("conv depthwise 8x128x56x56", build=partial(_conv, 8, 128, 56, 128, groups=128)),
+    linear("linear 512x512x512", build=partial(_linear, 512, 512, 512), quick=True),
+    linear("linear 64x4096x1024", build=partial(_linear, 64, 4096, 1024)),
+    linear("linear 1x4096x4096", build=partial(_linear, 1, 4096, 4096)),
+    rnn("lstm T100 B64 H256", build=partial(_lstm, 100, 64, 256, 256), quick=True),
+    rnn("lstm T50 B1 H128", build=partial(_lstm, 50, 1, 128, 128), quick=True),
+    rnn("lstm 128 + lstm 64 T100 B32", build=_two_lstms),
+    rnn(
+        "lstm bidirectional 2 layers T50 B16 H128",
+        build=partial(_lstm, 50, 16, 128, 128, num_layers=2, bidirectional=True),
+    ),
+    rnn("lstm cell B32 H256", build=partial(_lstm_cell, 32, 256)),
+    sdpa("sdpa 4x8x512x64", build=partial(_sdpa, 4, 8, 512, 64), quick=True),
+    sdpa(
+        "sdpa causal 1x12x1024x64",
+        build=partial(_sdpa, 1, 12, 1024, 64, is_causal=True),
+        flops_share=0.5,
+    ),
+    sdpa("sdpa padding mask 4x8x512x64", build=partial(_sdpa, 4, 8, 512, 64, padded=True)),
+    sdpa(
+        "sdpa decode 8x32/8x1x128 of 2048 keys",
+        build=partial(_sdpa, 8, 32, 1, 128, keys=2048, kv_heads=8),
+        modes=("inference",),
+    ),
+    attention("encoder layer 8x128x512", build=_encoder_layer, quick=True),
+    cnn("CNN (64-128-512-10) batch 32", build=partial(_cnn, "large", 32), quick=True),
+    cnn("CNN (64-128-512-10) batch 1", build=partial(_cnn, "large", 1), modes=("inference",)),
+    cnn("CNN (32-64-64-64-10) batch 32", build=partial(_cnn, "small", 32)),
+    cnn("CNN (32-64-64-64-10) batch 1", build=partial(_cnn, "small", 1), modes=("inference",)),
+    model("RNN (128-64-64-10) T100 batch 32", build=partial(_rnn, 32, 100), quick=True),
+    model("Transformer (8x64) S128 batch 8", build=partial(_transformer, 8, 128), quick=True),
+)
+
+
+def select(families: tuple[str, ...] = ("all",), *, quick: bool = False, match: str = "") -> list[Workload]:
+    """The workloads of ``families`` whose name contains ``match``.
+
+    Args:
+        families: names from :data:`FAMILIES`, or "all".
+        quick: keep only those marked quick.
+        match: a part of the name, case-insensitive.
+
+    Raises:
+        ValueError: an unknown family, or nothing is left.
+    """
+    unknown = set(families) - {*FAMILIES, "all"}
+    if unknown:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)} or all, got {sorted(unknown)}")
+    chosen = [
+        workload
+        for workload in WORKLOADS
+        if ("all" in families or workload.family in families)
+        and match.lower() in workload.name.lower()
+        and (workload.quick or not quick)
+    ]
+    if not chosen:
+        raise ValueError(f"no workload of {', '.join(families)} has {match!r} in its name")
+    return chosen
+
+
+def with_fmkernels(workload: Workload, module: nn.Module) -> nn.Module:
+    """The fmkernels version of ``module``, which it may modify."""
+    if workload.substitute is not None:
+        return workload.substitute(module)
+    report = fmkernels.replace(module)
+    return report.model
