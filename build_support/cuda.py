@@ -81,8 +81,7 @@ def gpu_present() -> bool:
 
 
 def gencode_flags(arch_list: str) -> tuple[str, ...]:
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX" (separators: ";" or
-    spaces).
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a 10.0+PTX".
 
     Raises CudaBuildError for an entry that is no compute capability.
     """
@@ -116,9 +115,10 @@ def decide(
         mode: FMKERNELS_CUDA: "0" never, "1" always, "auto" when everything needed is there.
         torch_cuda: torch.version.cuda, None for a CPU build of torch.
         sources: the .cu files to build.
-        candidates: folders to look for a toolkit in, the first complete one of torch's major
-        version is taken. has_gpu: whether this machine has a GPU. environ: os.environ, for
-        TORCH_CUDA_ARCH_LIST.
+        candidates: folders to look for a toolkit in; the first complete one of torch's major
+            version is taken.
+        has_gpu: whether this machine has a GPU.
+        environ: os.environ, for TORCH_CUDA_ARCH_LIST.
 
     Raises:
         ValueError: for another mode.
