@@ -1,7 +1,7 @@
 """Argument checks for the functional interface.
 
-Every helper raises before any kernel runs, with a message that names the argument, what was given and
-what is allowed: TypeError for a wrong type or dtype, ValueError for a wrong value or shape, and
+Every helper raises before any kernel runs, with a message that names the argument, what was given
+and what is allowed: TypeError for a wrong type or dtype, ValueError for a wrong value or shape, and
 RuntimeError for tensors on different devices.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The largest stride, padding or dilation. Sizes are below 2**62 (torch's own limit on bytes), so sums
-# and products of one size and one such integer stay inside int64 in the kernels.
+# The largest stride, padding or dilation. Sizes are below 2**62 (torch's own limit on bytes), so
+# sums and products of one size and one such integer stay inside int64 in the kernels.
 MAX_INT = 2**31 - 1
 
 
@@ -113,9 +113,11 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def packed_weight(name: str, value: Tensor, weight: Tensor) -> None:
-    """``value`` looks like the result of a pack op for ``weight``; the kernel checks its header."""
+    """``value`` may be a pack op's result for ``weight``; the kernel checks its header."""
     if not isinstance(value, Tensor) or value.dtype is not torch.uint8 or value.dim() != 1:
-        raise TypeError(f"{name} must be a 1-D uint8 tensor made by a pack op, got {describe(value)}")
+        raise TypeError(
+            f"{name} must be a 1-D uint8 tensor made by a pack op, got {describe(value)}"
+        )
     if value.device != weight.device:
         raise RuntimeError(
             f"{name} must be on the device of weight ({weight.device}), got {describe(value)}"

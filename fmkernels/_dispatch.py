@@ -1,10 +1,11 @@
 """Which backend serves a call, and why the others did not.
 
-A backend is a set of plain functions with the signatures of the family's ops. Each family lists its
-backends for an op, best first, in ``ops/<family>/backends.py``; :func:`select` walks that list.
+A backend is a set of plain functions with the signatures of the family's ops. Each family lists
+its backends for an op, best first, in ``ops/<family>/backends.py``; :func:`select` walks that
+list.
 
-* An explicit backend (``backend="cpu"`` or :class:`use_backend`) never falls back: if it cannot serve
-  the call, :class:`UnsupportedError` names every backend and its reason.
+* An explicit backend (``backend="cpu"`` or :class:`use_backend`) never falls back: if it cannot
+  serve the call, :class:`UnsupportedError` names every backend and its reason.
 * ``"auto"`` takes the first backend that supports the call and records a :class:`Decision`.
 """
 
@@ -49,7 +50,8 @@ class Backend:
         supports: called with the problem given to :func:`select`; returns a :class:`Support`.
         forward: same signature as the op's ``*_forward`` schema.
         backward: same signature as the op's ``*_backward`` schema.
-        pack: same signature as the op's ``*_pack_weight`` schema; None if there is nothing to pack.
+        pack: same signature as the op's ``*_pack_weight`` schema; None if there is nothing to
+            pack.
     """
 
     supports: Callable[..., Support]

@@ -51,15 +51,17 @@ def conv2d(
         padding: int or pair, at least 0; ``"valid"`` for none; ``"same"`` for an output of the
             input's size (stride 1 only; an odd total puts the extra row and column at the end).
         groups: divides C and O.
-        padding_mode: what is padded with: ``"zeros"``, ``"reflect"``, ``"replicate"``, ``"circular"``.
+        padding_mode: what is padded with: ``"zeros"``, ``"reflect"``, ``"replicate"``,
+            ``"circular"``.
         activation: a name as in :func:`fmkernels.functional.linear`, or None.
-        scale, shift: (O) or None, for example a folded batch norm. A scale that requires a gradient
-            is applied by PyTorch's own operators after the convolution.
+        scale, shift: (O) or None, for example a folded batch norm. A scale that requires a
+            gradient is applied by PyTorch's own operators after the convolution.
         residual: the shape of the convolution's output (before pooling), or None.
         pool: None or ``("max" | "avg", kernel_size, stride, padding)``; stride None or left out is
-            kernel_size, padding left out is 0. 2x2 and 3x3 max windows are fused, other max windows
-            are pooled by a second kernel; average pooling and windows of more than 256 elements are
-            left to PyTorch (recorded in ``last_decisions``; refused under an explicit native backend).
+            kernel_size, padding left out is 0. 2x2 and 3x3 max windows are fused, other max
+            windows are pooled by a second kernel; average pooling and windows of more than 256
+            elements are left to PyTorch (recorded in ``last_decisions``; refused under an explicit
+            native backend).
         backend: an explicit backend never falls back; None takes that of ``use_backend``.
         packed_weight: what ``freeze`` packed from ``weight`` for these arguments.
 
@@ -111,9 +113,9 @@ def conv1d(
 ) -> Tensor:
     """1-D convolution with a fused epilogue: :func:`conv2d` on images of height 1.
 
-    ``input`` is (N, C, L) or (C, L), ``weight`` (O, C / groups, K), ``residual`` (N, O, OL); the integer
-    arguments are ints or 1-tuples. Everything else, including what is raised, is as in :func:`conv2d`;
-    pooling runs as a second kernel.
+    ``input`` is (N, C, L) or (C, L), ``weight`` (O, C / groups, K), ``residual`` (N, O, OL); the
+    integer arguments are ints or 1-tuples. Everything else, including what is raised, is as in
+    :func:`conv2d`; pooling runs as a second kernel.
     """
     return _conv(
         1,
@@ -154,8 +156,8 @@ def max_pool2d(
         padding: int or pair, at most half of the window (padding counts as minus infinity).
         ceil_mode: let a last window overhang the end of the input.
         return_indices: also return the int64 position ``row * W + column`` of each maximum.
-        backend: an explicit backend never falls back; windows of more than 256 elements are left to
-            PyTorch (recorded in ``last_decisions``; refused under an explicit backend).
+        backend: an explicit backend never falls back; windows of more than 256 elements are left
+            to PyTorch (recorded in ``last_decisions``; refused under an explicit backend).
 
     Returns:
         (N, C, OH, OW), or without N for a 3-D input, in the input's memory format; NaN wins over
@@ -208,7 +210,7 @@ def _conv(
     backend: str | None,
     packed_weight: Tensor | None,
 ) -> Tensor:
-    """Checks everything, reduces the problem to a batched 2-D convolution and pools what is left."""
+    """Check everything, reduce to a batched 2-D convolution, and pool what is left."""
     _checks.tensor("input", input)
     _checks.tensor("weight", weight)
     _checks.same_kind("weight", weight, "input", input)
@@ -295,13 +297,13 @@ def _check_groups(channels: int, weight: Tensor, groups: int) -> None:
     _checks.integer("groups", groups, 1)
     if channels % groups or weight.shape[0] % groups:
         raise ValueError(
-            f"groups must divide the {channels} channels of input and the {weight.shape[0]} output "
-            f"channels of weight, got {groups}"
+            f"groups must divide the {channels} channels of input and the "
+            f"{weight.shape[0]} output channels of weight, got {groups}"
         )
     if weight.shape[1] != channels // groups:
         raise ValueError(
-            f"weight must have {channels // groups} in its second dimension (the {channels} channels "
-            f"of input over groups = {groups}), got {_checks.describe(weight)}"
+            f"weight must have {channels // groups} in its second dimension (the "
+            f"{channels} channels of input over groups = {groups}), got {_checks.describe(weight)}"
         )
 
 
@@ -349,8 +351,8 @@ def _check_kernel_fits(
     for axis, (n, k, p, d) in enumerate(zip(size, kernel, padding, dilation, strict=True)):
         if d * (k - 1) + 1 > n + 2 * p:
             raise ValueError(
-                f"weight is too large for input: in spatial dimension {axis} the dilated kernel spans "
-                f"{d * (k - 1) + 1}, the padded input {n + 2 * p}"
+                f"weight is too large for input: in spatial dimension {axis} the dilated kernel "
+                f"spans {d * (k - 1) + 1}, the padded input {n + 2 * p}"
             )
     return conv_output_size(size, kernel, stride, padding, dilation)
 

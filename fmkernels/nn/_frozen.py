@@ -1,13 +1,14 @@
 """Weights packed once, for inference: the part that all freezable layers share.
 
-A frozen layer keeps what the kernels read in a layout of their own, as non-persistent buffers, and the
-identity of the tensors it was made from: data pointer, version counter, dtype. Each forward compares
-them and packs again when one has changed (``load_state_dict``, an in-place update, ``.to(dtype)``). A
-write that neither moves the data nor bumps the version (``param.data[...] = ``, a fused optimizer, a
-NumPy view) goes unnoticed; ``FMKERNELS_CHECK_FROZEN=1`` packs on every call and raises on a difference.
+A frozen layer keeps what the kernels read in a layout of their own, as non-persistent buffers, and
+the identity of the tensors it was made from: data pointer, version counter, dtype. Each forward compares
+them and packs again when one has changed (``load_state_dict``, an in-place update,
+``.to(dtype)``). A write that neither moves the data nor bumps the version (``param.data[...] = ``,
+a fused optimizer, a NumPy view) goes unnoticed; ``FMKERNELS_CHECK_FROZEN=1`` packs on every call
+and raises on a difference.
 
-While torch.compile traces, the packed tensors are left aside: a graph cannot see a data pointer, and
-would keep using a stale weight.
+While torch.compile traces, the packed tensors are left aside: a graph cannot see a data pointer,
+and would keep using a stale weight.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 class Freezable(nn.Module):
     """Mixin for layers whose weights can be packed; put it before the torch.nn class.
 
-    A subclass calls :meth:`_init_frozen` with the names of its buffers at the end of its constructor,
-    implements :meth:`_packing_sources` and :meth:`_compute_packing`, and reads :meth:`_packed` in
-    ``forward``.
+    A subclass calls :meth:`_init_frozen` with the names of its buffers at the end of its
+    constructor, implements :meth:`_packing_sources` and :meth:`_compute_packing`, and reads
+    :meth:`_packed` in ``forward``.
     """
 
     _frozen_sources: tuple | None
@@ -42,7 +43,7 @@ class Freezable(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it packs")
 
     def _compute_packing(self) -> Sequence[Tensor | None]:
-        """Freshly packed tensors, one per declared buffer; None where the backend packs nothing."""
+        """Freshly packed tensors, one per declared buffer; None where there is nothing to pack."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it packs")
 
     @property
@@ -80,11 +81,10 @@ class Freezable(nn.Module):
             fresh = self._compute_packing()
         for name, packed in zip(self._frozen_names, fresh, strict=True):
             current = getattr(self, name)
-            same = packed is current if packed is None or current is None else _same(packed, current)
-            if not same:
+            if not _same(packed, current):
                 raise RuntimeError(
                     f"{type(self).__name__} is frozen, and a weight was written without autograd "
-                    "noticing (.data, NumPy, a fused optimizer): freeze it again after such a write"
+                    "noticing (.data, NumPy, a fused optimizer): freeze it again after that"
                 )
 
     def _source_identity(self) -> tuple:
@@ -95,8 +95,10 @@ class Freezable(nn.Module):
         )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit by bit (NaN equals itself)."""
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal bit by bit (NaN equals itself), or both None."""
+    if a is None or b is None:
+        return a is b
     return a.shape == b.shape and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )
@@ -106,8 +108,8 @@ def adopt(layer: nn.Module, module: nn.Module) -> None:
     """Make ``layer`` hold ``module``'s very Parameters and buffers, and its training flag.
 
     Raises:
-        ValueError: a parameter of the layer is not a plain parameter of ``module`` (it is computed by
-            a parametrization, or the modules do not match), so there is nothing to share.
+        ValueError: a parameter of the layer is not a plain parameter of ``module`` (it is
+            computed by a parametrization, or the modules do not match).
     """
     for name in layer._parameters:
         if name not in module._parameters:

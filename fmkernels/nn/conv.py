@@ -73,7 +73,8 @@ class _FusedConv(Freezable):
 class Conv2d(_FusedConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` with an optional activation and pooling in the same kernel.
 
-    ``y = pool(activation(conv2d(x, weight) + bias))``; same parameters, state_dict and initialisation.
+    ``y = pool(activation(conv2d(x, weight) + bias))``; same parameters, state_dict and
+    initialisation.
 
     Args:
         in_channels ... dtype: as in torch.nn.Conv2d.
@@ -142,7 +143,8 @@ class Conv2d(_FusedConv, nn.Conv2d):
 class Conv1d(_FusedConv, nn.Conv1d):
     """:class:`torch.nn.Conv1d` with an optional activation in the same kernel, pooling after it.
 
-    ``y = pool(activation(conv1d(x, weight) + bias))``; same parameters, state_dict and initialisation.
+    ``y = pool(activation(conv1d(x, weight) + bias))``; same parameters, state_dict and
+    initialisation.
 
     Args:
         in_channels ... dtype: as in torch.nn.Conv1d.
@@ -211,10 +213,10 @@ class Conv1d(_FusedConv, nn.Conv1d):
 class ConvBlock2d(Freezable, nn.Module):
     """Convolution, optional batch norm, activation and pooling, fused as far as the mode allows.
 
-    ``y = pool(activation(norm(conv(x))))``. In evaluation the norm is folded into a per-channel scale
-    and shift, and the whole block is one kernel. In training with a norm, the convolution is followed
-    by PyTorch's batch norm (running statistics are updated as PyTorch does), activation and pooling;
-    without a norm, training is one kernel too.
+    ``y = pool(activation(norm(conv(x))))``. In evaluation the norm is folded into a per-channel
+    scale and shift, and the whole block is one kernel. In training with a norm, the convolution is
+    followed by PyTorch's batch norm (running statistics are updated as PyTorch does), activation
+    and pooling; without a norm, training is one kernel too.
 
     Args:
         in_channels ... dtype: as in torch.nn.Conv2d.
@@ -266,7 +268,9 @@ class ConvBlock2d(Freezable, nn.Module):
             device,
             dtype,
         )
-        norm_layer = None if norm is None else nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        norm_layer = None
+        if norm is not None:
+            norm_layer = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self._init_block(conv, norm_layer, activation, pool, backend)
 
     @classmethod
@@ -279,7 +283,7 @@ class ConvBlock2d(Freezable, nn.Module):
         pool: Pool | None = None,
         backend: str | None = None,
     ) -> ConvBlock2d:
-        """A block around existing layers, which it holds as they are; conv gives the training flag."""
+        """A block that holds these layers as they are; conv gives the training flag."""
         if norm is not None and norm.num_features != conv.out_channels:
             raise ValueError(
                 f"norm must have conv's {conv.out_channels} channels, got {norm.num_features}"
@@ -370,7 +374,7 @@ class ConvBlock2d(Freezable, nn.Module):
 
 
 def pack_conv(conv: nn.Conv1d | nn.Conv2d, backend: str | None) -> Tensor | None:
-    """The convolution's weight packed for the call that its forward makes; None: nothing to pack."""
+    """The weight, packed for the call that forward makes; None: nothing to pack."""
     weight, stride, dilation = conv.weight, conv.stride, conv.dilation
     edges = padding_edges(conv.padding, conv.kernel_size, stride, dilation)
     # What F.pad adds beforehand is no padding to the kernel (see functional.conv).

@@ -1,8 +1,8 @@
 """The activations an epilogue can apply, as plain PyTorch: forward and derivative.
 
 All use torch.nn.functional's default parameters. The derivative functions take the gradient of the
-activation's output and the pre-activation; relu alone is differentiated from its output, which lets
-the fused ops drop the pre-activation.
+activation's output and the pre-activation; relu alone is differentiated from its output, which
+lets the fused ops drop the pre-activation.
 """
 
 from __future__ import annotations

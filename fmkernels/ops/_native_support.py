@@ -11,7 +11,7 @@ from fmkernels._dispatch import SUPPORTED, Support
 
 
 def native_ops_support(*ops: str) -> Support:
-    """Whether the native library is loaded and has a CPU kernel for every op; asked once, at import."""
+    """Whether the native library is loaded and has a CPU kernel for each op; asked at import."""
     if not _native.HAS_NATIVE:
         return Support(False, f"the native library is not loaded: {_native.NATIVE_ERROR}")
     missing = [
@@ -39,5 +39,7 @@ def native_cpu_support(tensor: Tensor, ops: Support = _LIBRARY) -> Support:
     if tensor.device.type != "cpu":
         return Support(False, f"computes on CPU tensors, got a tensor on {tensor.device}")
     if tensor.dtype not in FLOAT_DTYPES:
-        return Support(False, f"computes in float32, bfloat16, float16, float64; got {tensor.dtype}")
+        return Support(
+            False, f"computes in float32, bfloat16, float16, float64; got {tensor.dtype}"
+        )
     return SUPPORTED

@@ -59,7 +59,8 @@ class _Conv2d(torch.autograd.Function):
         activation, pool = ctx.options[4:]
         # Without activation and pool the residual's gradient is grad_output itself: no copy.
         alias_residual = need_residual and activation is None and not pool
-        grad_input, grad_weight, grad_bias, grad_shift, grad_residual = CONV2D[ctx.backend].backward(
+        backward = CONV2D[ctx.backend].backward
+        grad_input, grad_weight, grad_bias, grad_shift, grad_residual = backward(
             grad_output,
             input,
             weight,
@@ -106,7 +107,8 @@ def conv2d(
 
     Args:
         input: (N, C, H, W) of any strides; the arguments have been checked.
-        packed_weight: result of :func:`pack_conv2d_weight`; ignored where autocast casts the weight.
+        packed_weight: result of :func:`pack_conv2d_weight`; ignored where autocast casts the
+            weight.
         pool: empty or (kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w).
         backend: as in :func:`fmkernels._dispatch.select`.
     """
@@ -119,8 +121,8 @@ def conv2d(
     if scale is not None and needs_graph(scale):
         # The gradient of scale needs the convolution's output, which the fused op does not keep.
         output = conv2d(
-            input, weight, bias, None, None, None, packed_weight, stride, padding, dilation, groups,
-            None, (), backend,
+            input, weight, bias, None, None, None, packed_weight, stride, padding, dilation,
+            groups, None, (), backend,
         )  # fmt: skip
         return _epilogue(output, scale, shift, residual, activation, pool, backend)
     name, implementation = select("conv2d", CONV2D, backend, input, weight, activation, pool)

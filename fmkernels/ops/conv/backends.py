@@ -11,7 +11,7 @@ from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops.conv import reference, schema
 
-# Windows that the convolution kernels pool in their epilogue; others are pooled by an op of their own.
+# Windows that the convolution kernels pool in their epilogue; others are pooled by a second op.
 FUSED_POOL_WINDOWS = ((2, 2), (3, 3))
 
 _NATIVE_CONV2D = native_ops_support("conv2d_forward", "conv2d_backward", "conv2d_pack_weight")

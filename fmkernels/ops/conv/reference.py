@@ -1,4 +1,4 @@
-"""The convolution and pooling ops in plain PyTorch: any device, any floating dtype, explicit backward."""
+"""The convolution and pooling ops in plain PyTorch: any device and dtype, explicit backward."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """Schemas and fake kernels of the convolution and pooling ops.
 
-conv2d_forward: ``output = maxpool(activation(scale * (conv2d(input, weight) + bias) + shift + residual))``.
+conv2d_forward computes
+``maxpool(activation(scale * (conv2d(input, weight) + bias) + shift + residual))``.
 
 * ``input`` (N, C, H, W) is contiguous or channels_last; ``weight`` (O, C / groups, KH, KW) and the
-  per-channel vectors ``bias``, ``scale``, ``shift`` (O) are contiguous; ``residual`` has the shape of
-  the convolution's output. All share one dtype. ``output``, ``residual`` and everything else that is
-  shaped like an image has the memory format of ``input``: channels_last if ``input`` is channels_last
-  and not contiguous (a tensor can be both, for example when C is 1), contiguous otherwise.
+  per-channel vectors ``bias``, ``scale``, ``shift`` (O) are contiguous; ``residual`` has the shape
+  of the convolution's output. All share one dtype. ``output``, ``residual`` and everything else
+  that is shaped like an image has the memory format of ``input``: channels_last if ``input`` is
+  channels_last and not contiguous (a tensor can be both, for example when C is 1), contiguous
+  otherwise.
 * ``pool`` is empty or [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w], floor mode.
 * ``saved`` is the pre-activation (shaped like the convolution's output), only if
   ``save_for_backward`` and the activation is neither None nor relu.
-* ``argmax`` (uint8, shaped like ``output``), only if ``save_for_backward`` and there is a pool, is the
-  position ``i * kernel_w + j`` of the first maximum within its window.
+* ``argmax`` (uint8, shaped like ``output``), only if ``save_for_backward`` and there is a pool, is
+  the position ``i * kernel_w + j`` of the first maximum within its window.
 
 max_pool2d_forward/backward use the same kind of ``argmax``; a window holds at most 256 elements.
 
@@ -37,9 +39,9 @@ _library.define(
     "-> (Tensor output, Tensor saved, Tensor argmax)"
 )
 _library.define(
-    "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, Tensor output, "
-    "Tensor saved, Tensor argmax, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str? activation, int[] pool, bool need_input, bool need_weight, bool need_bias, "
+    "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, "
+    "Tensor output, Tensor saved, Tensor argmax, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str? activation, int[] pool, bool need_input, bool need_weight, bool need_bias, "
     "bool need_shift, bool need_residual) -> (Tensor grad_input, Tensor grad_weight, "
     "Tensor grad_bias, Tensor grad_shift, Tensor grad_residual)"
 )
@@ -88,8 +90,8 @@ def pool_output_size(
 ) -> tuple[int, ...]:
     """Spatial size of a pooled output.
 
-    With ``ceil_mode`` a partial window at the end counts, as in torch, only if it starts inside the
-    input or its leading padding.
+    With ``ceil_mode`` a partial window at the end counts, as in torch, only if it starts inside
+    the input or its leading padding.
     """
     if not ceil_mode:
         return conv_output_size(size, kernel, stride, padding, dilation)
@@ -211,9 +213,7 @@ def _max_pool2d_forward_fake(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    spatial = pool_output_size(
-        input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode
-    )
+    spatial = pool_output_size(input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
     shape = (*input.shape[:2], *spatial)
     return _image(input, shape), _image(input, shape, torch.uint8)
 

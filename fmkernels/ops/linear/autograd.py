@@ -17,8 +17,8 @@ class _Linear(torch.autograd.Function):
         output, saved = LINEAR[backend].forward(
             input, weight, bias, residual, packed_weight, activation, True
         )
-        # Without an activation nothing but the operands is read again; keeping `output` alive would
-        # cost memory. `saved` is empty then, and stands in for it.
+        # Without an activation nothing but the operands is read again; keeping `output` alive
+        # would cost memory. `saved` is empty then, and stands in for it.
         kept_output = output if activation is not None else saved
         ctx.save_for_backward(input, weight, kept_output, saved)
         ctx.set_materialize_grads(False)
@@ -72,7 +72,8 @@ def linear(
     """``activation(input @ weight.T + bias + residual)`` on checked arguments.
 
     Args:
-        packed_weight: result of the pack op for ``weight``; ignored where autocast casts the weight.
+        packed_weight: result of the pack op for ``weight``; ignored where autocast casts the
+            weight.
         backend: as in :func:`fmkernels._dispatch.select`.
     """
     raw_weight = weight
@@ -86,9 +87,10 @@ def linear(
     residual = None if residual is None else residual.contiguous()
     if needs_graph(input, weight, bias, residual):
         return _Linear.apply(input, weight, bias, residual, packed_weight, activation, name)
-    return implementation.forward(
+    output, _ = implementation.forward(
         input, weight, bias, residual, packed_weight, activation, False
-    )[0]
+    )
+    return output
 
 
 def pack_linear_weight(weight: Tensor, backend: str | None) -> Tensor | None:

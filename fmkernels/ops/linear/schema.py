@@ -1,9 +1,10 @@
 """Schemas and fake kernels of the linear ops.
 
 linear_forward: ``output = activation(input @ weight.T + bias + residual)``.
-``input`` is (..., K) contiguous, ``weight`` (N, K), ``bias`` (N), ``residual`` and ``output`` (..., N),
-all of one dtype. ``saved`` is what the backward needs besides the output: the pre-activation where
-the activation is not relu, and only if ``save_for_backward``; otherwise an empty tensor.
+``input`` is (..., K) contiguous, ``weight`` (N, K), ``bias`` (N), ``residual`` and ``output``
+(..., N), all of one dtype. ``saved`` is what the backward needs besides the output: the
+pre-activation where the activation is not relu, and only if ``save_for_backward``; otherwise an
+empty tensor.
 
 linear_backward returns an empty tensor of shape (0,) for every gradient that is not asked for.
 
@@ -24,8 +25,9 @@ _library.define(
     "-> (Tensor output, Tensor saved)"
 )
 _library.define(
-    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, Tensor saved, "
-    "str? activation, bool need_input, bool need_weight, bool need_bias, bool need_residual) "
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+    "Tensor saved, str? activation, bool need_input, bool need_weight, bool need_bias, "
+    "bool need_residual) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
 )
 _library.define("linear_pack_weight(Tensor weight) -> Tensor")
