@@ -81,7 +81,7 @@ def isa() -> str | None:
 def build_info() -> dict[str, Any]:
     """Facts about the compiled part: "native" and "error" always; where it is loaded also
     "library" (its path), "compiler", "torch" (the version it was compiled against),
-    "isas_compiled" and "isas_available" (those that this processor can run)."""
+    "isas" and "isas_supported" (those that this processor can run)."""
     info: dict[str, Any] = {"native": HAS_NATIVE, "error": NATIVE_ERROR}
     module = lab()
     if HAS_NATIVE and module is not None:

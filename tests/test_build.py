@@ -310,7 +310,7 @@ class TestPackages:
 
     def test_sdist_has_what_a_build_reads(self, checkout):
         sdist = run_backend("build_sdist", checkout, FMKERNELS_BUILD="0")
-            with tarfile.open(sdist) as archive:
+        with tarfile.open(sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
         sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu")]
         needed = {str(p.relative_to(ROOT)) for p in sources}

@@ -29,8 +29,8 @@ def run_python(code: str, **environ: str | None) -> subprocess.CompletedProcess:
     )
 
 
-def available_isas() -> list[str]:
-    return _native.build_info().get("isas_available", [])
+def supported_isas() -> list[str]:
+    return _native.build_info().get("isas_supported", [])
 
 
 def test_version_is_stated_once():
@@ -41,16 +41,16 @@ def test_version_is_stated_once():
 class TestIsa:
     def test_default_is_the_best_available(self):
         result = run_python("import fmkernels._native as n; print(n.isa())", FMKERNELS_ISA=None)
-        assert result.stdout.strip() == available_isas()[-1]
+        assert result.stdout.strip() == supported_isas()[-1]
 
     def test_empty_means_default(self):
         result = run_python("import fmkernels._native as n; print(n.isa())", FMKERNELS_ISA="")
-        assert result.stdout.strip() == available_isas()[-1]
+        assert result.stdout.strip() == supported_isas()[-1]
 
     @pytest.mark.parametrize("isa", ISAS)
     def test_forced(self, isa):
         result = run_python("import fmkernels._native as n; print(n.isa())", FMKERNELS_ISA=isa)
-        if isa in available_isas():
+        if isa in supported_isas():
             assert result.stdout.strip() == isa
         else:
             assert f"RuntimeError: ISA '{isa}'" in result.stderr
@@ -67,13 +67,13 @@ class TestIsa:
         assert result.returncode == 1, "an exception, not a crash"
 
     def test_scalar_is_always_there(self):
-        assert _native.build_info()["isas_compiled"][0] == "scalar"
-        assert available_isas()[0] == "scalar"
+        assert _native.build_info()["isas"][0] == "scalar"
+        assert supported_isas()[0] == "scalar"
 
     @pytest.mark.parametrize("isa", ISAS)
     def test_detection_agrees_with_the_kernel(self, isa):
         """Linux lists in /proc/cpuinfo what the processor has and the system lets programs use."""
-        if isa not in _native.build_info()["isas_compiled"]:
+        if isa not in _native.build_info()["isas"]:
             pytest.skip(f"{isa} is not compiled in")
         needed = {
             "scalar": set(),
@@ -86,14 +86,14 @@ class TestIsa:
             if line.startswith("flags"):
                 flags = set(line.split(":")[1].split())
                 break
-        assert (isa in available_isas()) == (needed <= flags)
+        assert (isa in supported_isas()) == (needed <= flags)
 
 
 @needs_native
 class TestPeak:
     @pytest.mark.parametrize("dtype", ["f32", "f64"])
     def test_wider_vectors_do_more(self, dtype):
-        peaks = [_native.lab().peak_gflops(dtype, 0.02, isa) for isa in available_isas()[:3]]
+        peaks = [_native.lab().peak_gflops(dtype, 0.02, isa) for isa in supported_isas()[:3]]
         assert peaks == sorted(peaks)
         assert peaks[0] > 0
 
@@ -101,13 +101,13 @@ class TestPeak:
         lab = _native.lab()
         with pytest.raises(RuntimeError, match="no bf16 multiply-add"):
             lab.peak_gflops("bf16", 0.01, "scalar")
-        if "avx512_bf16" in available_isas():
+        if "avx512_bf16" in supported_isas():
             peak = lab.peak_gflops("f32", 0.02, "avx512_bf16")
             assert lab.peak_gflops("bf16", 0.02, "avx512_bf16") > peak
 
     @pytest.mark.parametrize("isa", ISAS)
     def test_read_bandwidth(self, isa):
-        if isa not in available_isas():
+        if isa not in supported_isas():
             pytest.skip(f"{isa} is not available here")
         assert _native.lab().read_bandwidth_gbs(1 << 20, 0.01, isa) > 0
 

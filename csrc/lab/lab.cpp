@@ -27,8 +27,8 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = FMK_BUILD_COMPILER;
   info["torch"] = FMK_BUILD_TORCH;
-  info["isas_compiled"] = compiled;
-  info["isas_available"] = available;
+  info["isas"] = compiled;
+  info["isas_supported"] = available;
   return info;
 }
 
@@ -40,9 +40,8 @@ Bindings::Bindings(void (*bind)(py::module_&)) { all_bindings().push_back(bind);
 
 PYBIND11_MODULE(_lab, module) {
   module.doc() = "fmkernels without torch: build facts, and the kernels one by one for tests";
-  module.def(
-      "build_info", &fmk::lab::build_info,
-      "compiler, torch (compiled against), isas_compiled, isas_available (compiled, and run here)");
+  module.def("build_info", &fmk::lab::build_info,
+             "compiler, torch (compiled against), isas, isas_supported (compiled, and run here)");
   module.def(
       "active_isa", [] { return fmk::isa_name(fmk::active_isa()); },
       "Name of the ISA in use. RuntimeError when FMKERNELS_ISA names one that cannot run.");
