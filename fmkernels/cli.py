@@ -1,7 +1,7 @@
 """The ``fmkernels`` command: ``info``, ``verify``, ``bench`` and ``demo``.
 
-The commands themselves are in ``fmkernels.bench.commands``; this module only has to import without the
-packages of the extra ``bench``, so that it can say that they are missing.
+The commands themselves are in ``fmkernels.bench.commands``; this module only has to import without
+the packages of the extra ``bench``, so that it can say that they are missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     missing = missing_packages()
     if missing:
         print(
-            f"The fmkernels command needs {', '.join(missing)}. Install the extra that brings it:\n"
+            f"The fmkernels command needs {', '.join(missing)}, which this extra brings:\n"
             "    pip install 'fmkernels[bench]'",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""What is installed and what it runs on: the build, the instruction set, the backends, the machine."""
+"""What is installed and what it runs on: build, instruction set, backends, machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from fmkernels import _native
 from fmkernels._version import __version__
 
-_ISA_FLAGS = (
-    "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_vnni avx_vnni amx_bf16 "
-    "asimd asimdhp bf16 sve"
-).split()
+# x86 first, then Arm.
+_ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
+_ISA_FLAGS += ("avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16")
+_ISA_FLAGS += ("asimd", "asimdhp", "bf16", "sve")
 _SYSFS_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 

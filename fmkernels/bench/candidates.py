@@ -1,4 +1,4 @@
-"""Who is measured: PyTorch eager and fmkernels, each in the layouts a user would choose between."""
+"""Who is measured: PyTorch eager and fmkernels, each in the layouts a user chooses between."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Problem:
         return cls(workload, dtype, mode, module, inputs, grad_output)
 
     def oracle(self) -> Tensors:
-        """What :meth:`Candidate.tensors` should be, computed by PyTorch in float64 from the very same
-        (already rounded) parameters and inputs."""
+        """What :meth:`Candidate.tensors` should be, computed by PyTorch in float64 from the very
+        same (already rounded) parameters and inputs."""
         double = Problem(
             self.workload,
             "fp64",

@@ -46,10 +46,14 @@ def info(
 
 @app.command("verify")
 def verify_command(
-    family: Annotated[str, typer.Option(help="Comma-separated: conv, linear, rnn, attention.")] = "all",
+    family: Annotated[
+        str, typer.Option(help="Comma-separated: conv, linear, rnn, attention.")
+    ] = "all",
     backend: Annotated[
         str | None,
-        typer.Option(help="Comma-separated backends; default: cpu, without native kernels reference."),
+        typer.Option(
+            help="Comma-separated backends; default: cpu, without native kernels reference."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Comma-separated dtypes.")] = ",".join(verify.DTYPES),
     json_file: JsonFile = None,
@@ -66,7 +70,7 @@ def verify_command(
     backends = _names(backend or default, set(fmkernels.BACKEND_NAMES) - {"auto"}, "--backend")
     if backend is None and not state.native:
         console.print(
-            f"The cpu backend is not there: {state.native_error}. Verifying the reference backend.",
+            f"No cpu backend: {state.native_error}. Verifying the reference backend.",
             style="bold yellow",
         )
     cases = verify.select(families)
@@ -89,13 +93,18 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16.")] = "fp32,bf16",
     mode: Annotated[str, typer.Option(help="inference, training or both.")] = "both",
     peer_names: Annotated[
-        str, typer.Option("--peers", help="Comma-separated: eager, compile, onnxruntime, openvino.")
+        str,
+        typer.Option("--peers", help="Comma-separated: eager, compile, onnxruntime, openvino."),
     ] = "eager",
     match: Annotated[str, typer.Option(help="Only workloads whose name contains this.")] = "",
     threads: Threads = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer workloads, fp32, less time.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer workloads, fp32, less time.")
+    ] = False,
     json_file: JsonFile = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="One row per measurement.")] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="One row per measurement.")
+    ] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="One page with plots.")] = None,
 ) -> None:
     """PyTorch and fmkernels side by side in one run: errors, times, ratios, share of the ceiling.
@@ -104,7 +113,9 @@ def bench(
     """
     console = _console()
     options = run.Options(
-        dtypes=_names("fp32" if quick and dtype == "fp32,bf16" else dtype, ("fp32", "bf16"), "--dtype"),
+        dtypes=_names(
+            "fp32" if quick and dtype == "fp32,bf16" else dtype, ("fp32", "bf16"), "--dtype"
+        ),
         modes=workloads.MODES if mode == "both" else _names(mode, workloads.MODES, "--mode"),
         peers=tuple(
             name
@@ -114,7 +125,9 @@ def bench(
         quick=quick,
     )
     try:
-        chosen = workloads.select(_names(family, {*workloads.FAMILIES, "all"}, "--family"), quick=quick, match=match)
+        chosen = workloads.select(
+            _names(family, {*workloads.FAMILIES, "all"}, "--family"), quick=quick, match=match
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if threads is not None:

@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Running processes, averaged by the system over the last minute; None where it does not say."""
+    """Running processes, averaged over the last minute; None where the system does not say."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Are a candidate's numbers right? The tolerance policy of ``fmkernels.testing``, over named tensors."""
+"""Are a candidate's numbers right? The policy of ``fmkernels.testing``, over named tensors."""
 
 from __future__ import annotations
 

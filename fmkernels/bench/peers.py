@@ -1,7 +1,7 @@
 """Other ways to run the same module: torch.compile, ONNX Runtime, OpenVINO. Each is optional.
 
-A peer that is not installed, or cannot run a problem, raises :class:`PeerUnavailable` with the reason,
-which the report shows in its row. All get the thread count that PyTorch has.
+A peer that is not installed, or cannot run a problem, raises :class:`PeerUnavailable` with the
+reason, which the report shows in its row. All get the thread count that PyTorch has.
 """
 
 from __future__ import annotations

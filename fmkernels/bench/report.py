@@ -66,10 +66,10 @@ def write_csv(results: Results, path: Path) -> None:
 
 def duration(seconds: float) -> str:
     """Three significant digits in the unit that suits: "1.38 ms"."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size or unit == "us":
-            return f"{seconds / size:.3g} {unit}" if seconds < 999.5 * size else f"{seconds / size:.0f} {unit}"
-    raise AssertionError("unreachable")
+    unit, size = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("us", 1e-6)
+    # "g" would turn 1234 into 1.23e+03.
+    digits = ".0f" if seconds >= 99.95 * size else ".3g"
+    return f"{seconds / size:{digits}} {unit}"
 
 
 def ratio_text(cell: Cell) -> str:

@@ -1,4 +1,4 @@
-"""The records a benchmark run leaves: what the tables, the JSON, CSV and HTML files are made from."""
+"""The records a benchmark run leaves: what tables, JSON, CSV and HTML files are made from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Measurement:
     Attributes:
         candidate: "eager", "fmkernels" or a peer.
         layout: memory format of its inputs, "contiguous" or "channels_last".
-        status: "ok"; "wrong" (its numbers failed, so it was not timed); "unavailable" (not installed,
-            or it cannot run this cell); "error" (it raised).
+        status: "ok"; "wrong" (its numbers failed, so it was not timed); "unavailable" (not
+            installed, or it cannot run this cell); "error" (it raised).
         message: the reason where the status is not "ok".
         backend: of fmkernels: which backends served its calls; empty for others.
         error: largest deviation from float64, relative to the largest magnitude; None if not run.
@@ -30,8 +30,8 @@ class Measurement:
         rounds: number of bursts timed.
         gflops: 1e9 floating-point operations per second, with the workload's operation count.
         of_peak: fraction of the probed FMA ceiling.
-        of_roof: fraction of the roofline: the FMA ceiling, or what the memory bandwidth allows where
-            the data exceeds the last-level cache.
+        of_roof: fraction of the roofline: the FMA ceiling, or what the memory bandwidth allows
+            where the data exceeds the last-level cache.
     """
 
     candidate: str
@@ -70,9 +70,7 @@ class Cell:
         timed = [
             m
             for m in self.measurements
-            if m.candidate == candidate
-            and m.median_s is not None
-            and layout in (None, m.layout)
+            if m.candidate == candidate and m.median_s is not None and layout in (None, m.layout)
         ]
         return min(timed, key=lambda m: m.median_s or math.inf, default=None)
 
@@ -83,7 +81,7 @@ class Cell:
 
     @property
     def ratio_same_layout(self) -> float | None:
-        """The same with both on contiguous (NCHW) tensors: the gain without changing anything else.
+        """The same with both on contiguous (NCHW) tensors: the gain if nothing else is changed.
         None for workloads that have only one layout."""
         if len({m.layout for m in self.measurements}) < 2:
             return None
@@ -128,7 +126,7 @@ class Results:
         return [cell for cell in self.cells if cell.failed]
 
     def geometric_means(self) -> list[dict[str, Any]]:
-        """Per family, dtype and mode: the geometric mean, the least and the number of the ratios."""
+        """Per family, dtype and mode: geometric mean, least value and number of the ratios."""
         groups: dict[tuple[str, str, str], list[float]] = {}
         for cell in self.cells:
             if cell.ratio is not None:
@@ -156,7 +154,7 @@ class Results:
         }
 
     def flat_rows(self) -> Iterator[dict[str, Any]]:
-        """One dictionary per measurement, each with its cell's columns: the rows of the CSV file."""
+        """One dictionary per measurement, with its cell's columns: the rows of the CSV file."""
         for cell in self.cells:
             shared = cell.to_dict()
             del shared["measurements"]

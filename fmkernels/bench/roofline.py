@@ -41,8 +41,8 @@ class Ceilings:
     source: str
 
     def roof_gflops(self, dtype: str, flops: int, nbytes: int) -> float:
-        """The most GFLOP/s a workload of ``flops`` over ``nbytes`` can reach. Memory bounds it only
-        when the bytes do not fit the last-level cache."""
+        """The most GFLOP/s that ``flops`` operations over ``nbytes`` can reach. Memory bounds them
+        only when the bytes do not fit the last-level cache."""
         peak = self.peak_gflops[dtype]
         if nbytes <= self.cache_bytes or nbytes == 0:
             return peak
@@ -67,7 +67,7 @@ def probe(threads: int, seconds: float = 0.3) -> Ceilings:
 
 
 def _on_threads(threads: int, rate: Callable[[], float]) -> float:
-    """The sum of the rates of simultaneous runs on ``threads`` threads (the probes drop the GIL)."""
+    """The summed rates of simultaneous runs on ``threads`` threads (the probes drop the GIL)."""
     with ThreadPoolExecutor(threads) as pool:
         return sum(future.result() for future in [pool.submit(rate) for _ in range(threads)])
 

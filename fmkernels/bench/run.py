@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ def measure(
 
 
 def _entries(workload: Workload, options: Options):
-    """``(candidate, layout, builder)`` of everyone in a cell: eager first, it sets the tolerance."""
+    """``(candidate, layout, builder)`` of all in a cell: eager first, it sets the tolerance."""
     for layout in workload.layouts:
         yield EAGER, layout, lambda problem, layout=layout: candidates.eager(problem, layout)
     for layout in workload.layouts:
@@ -131,6 +132,8 @@ def _attempt(measurement: Measurement, action: Callable):
 
 def _judge(measurement: Measurement, verdict: Check) -> None:
     measurement.error, measurement.allowed = verdict.error, verdict.allowed
+    if not math.isfinite(verdict.error):  # JSON has no word for it; the message says what happened
+        measurement.error = None
     if not verdict.ok:
         measurement.status, measurement.message = "wrong", verdict.message
 

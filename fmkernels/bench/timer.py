@@ -3,9 +3,9 @@
 Timing one candidate after the other is unfair on a CPU: the worker threads of one library spin for
 a while after a call and slow whoever comes next, clocks drift, and other processes come and go.
 So the candidates take turns. Every round times one burst of each; the order rotates from round to
-round (and reverses after a full turn, so that nobody keeps the same predecessor); before each burst
-comes a pause that lets foreign worker threads fall asleep, and one untimed call that wakes this
-candidate's own threads and caches. The median over the rounds is reported with its quartiles.
+round (and reverses after a full turn, so that nobody keeps the same predecessor); before each
+burst comes a pause that lets foreign worker threads fall asleep, and one untimed call that wakes
+this candidate's own threads and caches. The median over the rounds is reported with its quartiles.
 """
 
 from __future__ import annotations

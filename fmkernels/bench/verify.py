@@ -1,12 +1,14 @@
 """Runs the verification cases on this machine: forward and every gradient against float64.
 
-The float64 result of PyTorch is the oracle, computed from the very same rounded inputs; the tolerance is
-the policy of ``fmkernels.testing``, which measures PyTorch's own error in the same dtype. A case also fails
-when the backend that was asked for did not do the work: the dispatcher ops that ran are recorded.
+The float64 result of PyTorch is the oracle, computed from the very same rounded inputs; the
+tolerance is the policy of ``fmkernels.testing``, which measures PyTorch's own error in the same
+dtype. A case also fails when the backend that was asked for did not do the work: the dispatcher
+ops that ran are recorded.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -74,9 +76,7 @@ def verify(
 def _verify_dtype(case: Case, dtype: str, backends: tuple[str, ...]) -> Iterator[Verdict]:
     # crc32 rather than hash(): the same inputs in every process.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.op} {case.name}".encode()))
-    inputs = {
-        name: _like(tensor, DTYPES[dtype]) for name, tensor in case.make(generator).items()
-    }
+    inputs = {name: _like(tensor, DTYPES[dtype]) for name, tensor in case.make(generator).items()}
     theirs = _evaluate(case, case.torch, inputs)
     oracle = _evaluate(
         case, case.torch, {name: _like(tensor, torch.float64) for name, tensor in inputs.items()}
@@ -109,7 +109,7 @@ def _verdict(fields: dict[str, str], result: Check, ops: tuple[str, ...]) -> Ver
     return Verdict(
         **fields,
         ok=result.ok and not ran_elsewhere,
-        error=result.error,
+        error=result.error if math.isfinite(result.error) else None,
         allowed=result.allowed,
         worst=result.worst,
         ops=ops,
@@ -132,9 +132,7 @@ def _evaluate(case: Case, compute: Callable[[Named], object], inputs: Named) -> 
     upstream = [_strided_normal(output, generator) for output in outputs]
     gradients = torch.autograd.grad(outputs, list(sources.values()), upstream)
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    return named | {
-        f"grad {name}": grad for name, grad in zip(sources, gradients, strict=True)
-    }
+    return named | {f"grad {name}": grad for name, grad in zip(sources, gradients, strict=True)}
 
 
 def _strided_normal(like: Tensor, generator: torch.Generator) -> Tensor:

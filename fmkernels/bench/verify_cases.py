@@ -1,8 +1,8 @@
 """What ``fmkernels verify`` computes: for each op, a set of shapes, layouts and options.
 
-A case states the inputs as a recipe and the same computation twice: through ``fmkernels.functional`` and
-through PyTorch. Shapes are small but cross the kernels' block edges: odd sizes, single elements, channel
-counts on both sides of a vector's width.
+A case states the inputs as a recipe and the same computation twice: through
+``fmkernels.functional`` and through PyTorch. Shapes are small but cross the kernels' block edges:
+odd sizes, single elements, channel counts on both sides of a vector's width.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 # ---------------------------------------------------------------------------------- convolution
 
 
-def _conv_inputs(generator, *, shape, out, kernel, groups, layout, bias, affine, residual) -> Named:
+def _conv_inputs(
+    generator, *, shape, out, kernel, groups, layout, bias, affine, residual
+) -> Named:
     fan_in = shape[1] // groups * kernel[0] * kernel[1]
     inputs = {
         "input": _laid_out(_normal(generator, *shape), layout),
@@ -141,8 +143,9 @@ def _conv(
         residual=residual_shape,
     )
     options = {"geometry": geometry, "activation": activation, "pool": pool}
-    # A conv computed here with a trainable scale is composed from separate ops, see functional.conv2d;
-    # the fused scale is the one that takes no gradient (a batch norm in evaluation).
+    # A conv computed here with a trainable scale is composed from separate ops, see
+    # functional.conv2d; the fused scale is the one that takes no gradient (a batch norm in
+    # evaluation).
     return Case(
         "conv",
         "conv2d",
@@ -195,7 +198,12 @@ def max_pool_cases() -> Iterator[Case]:
     options = {
         "2x2": {"kernel_size": 2},
         "3x3 stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
-        "3x2 dilated, ceil": {"kernel_size": (3, 2), "stride": 2, "dilation": 2, "ceil_mode": True},
+        "3x2 dilated, ceil": {
+            "kernel_size": (3, 2),
+            "stride": 2,
+            "dilation": 2,
+            "ceil_mode": True,
+        },
     }
     for layout in ("contiguous", "channels_last", "sliced"):
         for size, shape in shapes.items():

@@ -1,9 +1,9 @@
 """What is measured: layers and models in PyTorch's own words, with inputs, as data.
 
 A workload is built from ``torch.nn`` alone; the fmkernels candidate is made from a copy of it by
-``fmkernels.replace``, so the benchmarks measure what a user gets. Floating-point operations are counted
-by PyTorch's own counter on the meta device (an FMA is two), bytes are the least memory traffic: every
-input, parameter, buffer and output once.
+``fmkernels.replace``, so the benchmarks measure what a user gets. Floating-point operations are
+counted by PyTorch's own counter on the meta device (an FMA is two), bytes are the least memory
+traffic: every input, parameter, buffer and output once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Workload:
     substitute: Callable[[nn.Module], nn.Module] | None = None
 
     def make(self, dtype: str, seed: int = 0) -> tuple[nn.Module, Inputs]:
-        """The module in eval mode and its inputs, in ``dtype``; the same values for the same seed."""
+        """The module in eval mode and its inputs, in ``dtype``; a seed fixes the values."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, inputs = self.build()
@@ -150,7 +150,9 @@ def _linear(rows: int, out: int, features: int) -> tuple[nn.Module, Inputs]:
     return nn.Linear(features, out), (torch.randn(rows, features),)
 
 
-def _lstm(time: int, batch: int, features: int, hidden: int, **options) -> tuple[nn.Module, Inputs]:
+def _lstm(
+    time: int, batch: int, features: int, hidden: int, **options
+) -> tuple[nn.Module, Inputs]:
     return nn.LSTM(features, hidden, **options), (torch.randn(time, batch, features),)
 
 
@@ -228,7 +230,11 @@ cnn = partial(model, layouts=_BOTH_LAYOUTS)
 # The names state batch x channels x height x width (-> out channels), time T, batch B, hidden H,
 # batch x heads x queries x width.
 WORKLOADS: tuple[Workload, ...] = (
-    conv("conv-bn-relu-pool 32x64x56x56->64", build=partial(_conv, 32, 64, 56, 64, block=True), quick=True),
+    conv(
+        "conv-bn-relu-pool 32x64x56x56->64",
+        build=partial(_conv, 32, 64, 56, 64, block=True),
+        quick=True,
+    ),
     conv(
         "conv-bn-relu-pool 32x3x32x32->64",
         build=partial(_conv, 32, 3, 32, 64, block=True),
@@ -272,7 +278,9 @@ WORKLOADS: tuple[Workload, ...] = (
 )
 
 
-def select(families: tuple[str, ...] = ("all",), *, quick: bool = False, match: str = "") -> list[Workload]:
+def select(
+    families: tuple[str, ...] = ("all",), *, quick: bool = False, match: str = ""
+) -> list[Workload]:
     """The workloads of ``families`` whose name contains ``match``.
 
     Args:
@@ -285,7 +293,9 @@ def select(families: tuple[str, ...] = ("all",), *, quick: bool = False, match: 
     """
     unknown = set(families) - {*FAMILIES, "all"}
     if unknown:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)} or all, got {sorted(unknown)}")
+        raise ValueError(
+            f"family must be one of {', '.join(FAMILIES)} or all, got {sorted(unknown)}"
+        )
     chosen = [
         workload
         for workload in WORKLOADS
