@@ -1,8 +1,8 @@
 """Argument checks for the functional interface.
 
 Every helper raises before any kernel runs, with a message that names the argument, what was given
-and what is allowed: TypeError for a wrong type or dtype, ValueError for a wrong value or shape, and
-RuntimeError for tensors on different devices.
+and what is allowed: TypeError for a wrong type or dtype, ValueError for a wrong value or shape,
+and RuntimeError for tensors on different devices.
 """
 
 from __future__ import annotations

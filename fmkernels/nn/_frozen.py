@@ -1,8 +1,8 @@
 """Weights packed once, for inference: the part that all freezable layers share.
 
 A frozen layer keeps what the kernels read in a layout of their own, as non-persistent buffers, and
-the identity of the tensors it was made from: data pointer, version counter, dtype. Each forward compares
-them and packs again when one has changed (``load_state_dict``, an in-place update,
+the identity of the tensors it was made from: data pointer, version counter, dtype. Each forward
+compares them and packs again when one has changed (``load_state_dict``, an in-place update,
 ``.to(dtype)``). A write that neither moves the data nor bumps the version (``param.data[...] = ``,
 a fused optimizer, a NumPy view) goes unnoticed; ``FMKERNELS_CHECK_FROZEN=1`` packs on every call
 and raises on a difference.

@@ -1,0 +1,28 @@
+"""Fixtures that every test runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run: a red test is red for everyone.
+hypothesis.settings.register_profile("fmkernels", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fmkernels")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Tests draw from torch's global generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN (integers: their maximum), so that none can pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
