@@ -1,5 +1,6 @@
-// How a torch-free kernel runs on the caller's threads: the caller passes its pool as a `Parallel`, the kernel calls
-// parallel_for(pool, shards, body) at most once per call. libtorch's pool is plugged in by csrc/torch/parallel.h.
+// How a torch-free kernel runs on the caller's threads: the caller passes its pool as a `Parallel`,
+// the kernel calls parallel_for(pool, shards, body) at most once per call. libtorch's pool is
+// plugged in by csrc/torch/parallel.h.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,9 @@ struct Parallel {
   void (*run)(int64_t count, Body body, void* context) = nullptr;  // null: serial
 };
 
-// Calls body(shard) for every shard in [0, shards), each exactly once, shards being spread over the pool's threads.
-// `Body` is a lambda local to a kernel, so each instantiation belongs to that kernel's translation unit.
+// Calls body(shard) for every shard in [0, shards), each exactly once, shards being spread over the
+// pool's threads. `Body` is a lambda local to a kernel, so each instantiation belongs to that
+// kernel's translation unit.
 template <class Body>
 static inline void parallel_for(const Parallel& pool, int64_t shards, const Body& body) {
   if (shards <= 0) return;

@@ -1,5 +1,6 @@
-// Types shared by every kernel, on every device. No torch, no inline functions: this header is included by translation
-// units that are compiled for different instruction sets, and nothing compiled for one may be linked into another.
+// Types shared by every kernel, on every device. No torch, no inline functions: this header is
+// included by translation units that are compiled for different instruction sets, and nothing
+// compiled for one may be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// The activations of the epilogue, with torch's default parameters. The order is the order of the names in
-// fmkernels/_activations.py; the stable-ABI layer translates names to these values.
+// The activations of the epilogue, with torch's default parameters. The order is the order of the
+// names in fmkernels/_activations.py; the stable-ABI layer translates names to these values.
 enum class Activation : uint8_t {
   kNone,
   kRelu,

@@ -83,40 +83,28 @@ Isa choose_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512Bf16:
-      return "avx512_bf16";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    default:
-      return "scalar";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    default: return "scalar";
   }
 }
 
 bool isa_compiled(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512Bf16:
-      return FMK_HAVE_AVX512_BF16;
-    case Isa::kAvx512:
-      return FMK_HAVE_AVX512;
-    case Isa::kAvx2:
-      return FMK_HAVE_AVX2;
-    default:
-      return true;
+    case Isa::kAvx512Bf16: return FMK_HAVE_AVX512_BF16;
+    case Isa::kAvx512: return FMK_HAVE_AVX512;
+    case Isa::kAvx2: return FMK_HAVE_AVX2;
+    default: return true;
   }
 }
 
 bool isa_supported(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512Bf16:
-      return cpu_features().avx512_bf16;
-    case Isa::kAvx512:
-      return cpu_features().avx512;
-    case Isa::kAvx2:
-      return cpu_features().avx2;
-    default:
-      return true;
+    case Isa::kAvx512Bf16: return cpu_features().avx512_bf16;
+    case Isa::kAvx512: return cpu_features().avx512;
+    case Isa::kAvx2: return cpu_features().avx2;
+    default: return true;
   }
 }
 

@@ -88,8 +88,7 @@ Isa active_isa();
   const Struct& getter();                      \
   }
 #define FMK_TABLE_CASE_AVX2(getter) \
-  case Isa::kAvx2:                  \
-    return avx2::getter();
+  case Isa::kAvx2: return avx2::getter();
 #else
 #define FMK_TABLE_DECLARE_AVX2(Struct, getter)
 #define FMK_TABLE_CASE_AVX2(getter)
@@ -101,8 +100,7 @@ Isa active_isa();
   const Struct& getter();                        \
   }
 #define FMK_TABLE_CASE_AVX512(getter) \
-  case Isa::kAvx512:                  \
-    return avx512::getter();
+  case Isa::kAvx512: return avx512::getter();
 #else
 #define FMK_TABLE_DECLARE_AVX512(Struct, getter)
 #define FMK_TABLE_CASE_AVX512(getter)
@@ -114,8 +112,7 @@ Isa active_isa();
   const Struct& getter();                             \
   }
 #define FMK_TABLE_CASE_AVX512_BF16(getter) \
-  case Isa::kAvx512Bf16:                   \
-    return avx512_bf16::getter();
+  case Isa::kAvx512Bf16: return avx512_bf16::getter();
 #else
 #define FMK_TABLE_DECLARE_AVX512_BF16(Struct, getter)
 #define FMK_TABLE_CASE_AVX512_BF16(getter)
@@ -141,8 +138,7 @@ Isa active_isa();
       FMK_TABLE_CASE_AVX2(getter)                                                  \
       FMK_TABLE_CASE_AVX512(getter)                                                \
       FMK_TABLE_CASE_AVX512_BF16(getter)                                           \
-      default:                                                                     \
-        return scalar::getter();                                                   \
+      default: return scalar::getter();                                            \
     }                                                                              \
   }                                                                                \
   inline const Struct& getter() { return getter(active_isa()); }

@@ -1,0 +1,287 @@
+// The building block: a batch-reduce GEMM micro-kernel (Georganas et al., "High-Performance Deep
+// Learning via a Single Building Block", arXiv:1906.06440). One tile of MR x NV vectors accumulates
+//
+//   acc[i][:] = init[i][:] + sum over batch b, word k of  A_b[i][k] * B_b[k][:]
+//
+// in registers and hands it to a `Finish` (epilogue.h, or a kernel's own). A is read in place, one
+// word broadcast at a time: by rows, each given by a pointer (a pixel of a convolution, a row of a
+// matrix), or reduction-major, where word k of rows i, i+1, ... lie side by side. B is a packed
+// panel (pack.h), read once, in order, through the whole batch.
+#pragma once
+
+#include "core/parallel.h"
+#include "cpu/epilogue.h"
+#include "cpu/pack.h"
+
+namespace fmk::FMK_ISA {
+
+template <class Mac>
+struct TileOperands {
+  using Word = typename Mac::Word;
+  using Elem = typename Mac::V::Elem;
+
+  const Word* const* rows = nullptr;  // row-major A: pointers [batch][MR]
+  const Word* a =
+      nullptr;  // reduction-major A: word k of row i at a[k * lda + i], a single batch element
+  int64_t lda = 0;
+  int64_t batch = 1;
+  int64_t words = 0;           // reduction length of one batch element
+  const Word* b = nullptr;     // the panel: [batch][words][NV * W]
+  const Elem* init = nullptr;  // [MR][ld_init] start values; null: zero
+  int64_t ld_init = 0;
+};
+
+template <class Mac, int MR, int NV, bool kReductionMajor, class Finish>
+FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
+  using V = typename Mac::V;
+  using Word = typename Mac::Word;
+  V acc[MR][NV];
+  if (in.init) {
+    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+        load(in.init + i * in.ld_init + j * V::W);
+  } else {
+    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+        zero<V>();
+  }
+  const Word* b = in.b;
+  const int64_t words = in.words;
+  if constexpr (kReductionMajor) {
+    const Word* a = in.a;
+    const int64_t lda = in.lda;
+    for (int64_t k = 0; k < words; ++k, b += NV * V::W, a += lda) {
+      V panel[NV];
+      FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
+      FMK_UNROLL for (int i = 0; i < MR; ++i) {
+        const V x = Mac::splat_word(a + i);
+        FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = Mac::mac(acc[i][j], x, panel[j]);
+      }
+    }
+  } else {
+    const Word* const* rows = in.rows;
+    for (int64_t element = 0; element < in.batch; ++element, rows += MR) {
+      const Word* row[MR];
+      FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i];
+      for (int64_t k = 0; k < words; ++k, b += NV * V::W) {
+        V panel[NV];
+        FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
+        FMK_UNROLL for (int i = 0; i < MR; ++i) {
+          const V x = Mac::splat_word(row[i] + k);
+          FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = Mac::mac(acc[i][j], x, panel[j]);
+        }
+      }
+    }
+  }
+  finish.template run<MR, NV>(acc);
+}
+
+constexpr int kMaxTileRows = 14;
+template <class V>
+constexpr int kMaxTileElems = 24 * V::W;  // rows x vectors of the largest tile
+
+// tile<...> for run-time sizes: rows in [1, kTileRows[vecs]], vecs in [1, 4].
+template <class Mac, bool kReductionMajor, class Finish, int NV, int MR = kTileRows[NV]>
+FMK_INLINE void tile_of_width(int rows, const TileOperands<Mac>& in, const Finish& finish) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return tile_of_width<Mac, kReductionMajor, Finish, NV, MR - 1>(rows, in, finish);
+  }
+  tile<Mac, MR, NV, kReductionMajor>(in, finish);
+}
+template <class Mac, bool kReductionMajor, class Finish>
+FMK_INLINE void run_tile(int rows, int vecs, const TileOperands<Mac>& in, const Finish& finish) {
+  switch (vecs) {
+    case 1: return tile_of_width<Mac, kReductionMajor, Finish, 1>(rows, in, finish);
+    case 2: return tile_of_width<Mac, kReductionMajor, Finish, 2>(rows, in, finish);
+#if defined(__AVX512F__)
+    case 3: return tile_of_width<Mac, kReductionMajor, Finish, 3>(rows, in, finish);
+    case 4: return tile_of_width<Mac, kReductionMajor, Finish, 4>(rows, in, finish);
+#endif
+  }
+}
+
+// Types whose epilogue is compiled into the tile. The others (double, and 16-bit types without
+// arithmetic of their own) finish from a buffer in L1: they need not be the fastest, and every tile
+// is a function of its own in the binary.
+template <class T>
+constexpr bool kFusedEpilogue = kWordsInPlace<T> && sizeof(T) <= 4;
+
+template <class T, bool kReductionMajor>
+FMK_INLINE void run_tile_with_epilogue(int rows, int vecs, const TileOperands<Mac<T>>& in,
+                                       const Epilogue<T>& epilogue) {
+  if constexpr (kFusedEpilogue<T>) {
+    run_tile<Mac<T>, kReductionMajor>(rows, vecs, in, epilogue);
+  } else {
+    using V = Vec<T>;
+    alignas(64) Acc<T> accumulators[kMaxTileElems<V>];
+    const StoreAccumulators<V> keep{accumulators, vecs * V::W};
+    run_tile<Mac<T>, kReductionMajor>(rows, vecs, in, keep);
+    epilogue.run_rows(accumulators, keep.ld, rows);
+  }
+}
+
+// Splits `count` rows into tiles as equal as possible: sixes and a remainder of one would waste the
+// last tile.
+struct RowTiles {
+  int64_t count, tiles;
+  FMK_INLINE RowTiles of(int64_t rows, int vecs) { return {rows, ceil_div(rows, kTileRows[vecs])}; }
+  int64_t begin(int64_t tile) const { return count * tile / tiles; }
+  int rows(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+};
+
+// C[m][n] = epilogue(A B). B is either packed beforehand (panels of PanelSplit::of(n), each
+// [words_of(k)][width]) or a plain matrix that every thread packs panel by panel.
+template <class T>
+struct GemmProblem {
+  int64_t m = 0, n = 0, k = 0;
+  const T* a = nullptr;
+  int64_t lda = 0;
+  bool a_reduction_major = false;  // A[m][k] at a[k * lda + m] instead of a[m * lda + k]
+  const Word<T>* packed_b = nullptr;
+  const T* b = nullptr;
+  int64_t ldb = 0;
+  bool b_transposed =
+      false;             // B[k][n] at b[n * ldb + k] (a weight matrix) instead of b[k * ldb + n]
+  Epilogue<T> epilogue;  // for column 0; scale and shift of PanelSplit::padded_columns() elements
+};
+
+// Reduction steps after which a tile's accumulators go through memory: a chunk of B (256 KB) then
+// stays in L2 while all row tiles pass over it, and of a reduction-major A the touched lines stay
+// in L1.
+constexpr int64_t kChunkWords = 1024, kReductionMajorChunkWords = 256;
+// Below this much arithmetic a fork costs more than it gives (about 20 us of one core).
+constexpr double kSerialFlops = 4e6;
+
+template <class T>
+FMK_INLINE int64_t packed_words(int64_t n, int64_t k) {
+  return PanelSplit<Vec<T>>::of(n).padded_columns() * words_of<T>(k);
+}
+
+// Rows [row0, row0 + rows) of one panel of C.
+template <class T>
+FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t row0, int64_t rows) {
+  using M = Mac<T>;
+  using V = Vec<T>;
+  constexpr int kPair = M::kPair;
+  const auto split = PanelSplit<V>::of(p.n);
+  const int64_t column = split.column(panel),
+                valid = min_of<int64_t>(p.n - column, split.width_vecs(panel) * V::W);
+  const int vecs = split.width_vecs(panel);
+  const int64_t width = vecs * V::W, words = words_of<T>(p.k);
+  const int64_t limit = p.a_reduction_major ? kReductionMajorChunkWords : kChunkWords;
+  const int64_t chunks = max_of<int64_t>(1, ceil_div(words, limit + limit / 4));
+  const auto tiles = RowTiles::of(rows, vecs);
+  const Epilogue<T> epilogue = p.epilogue.at_panel(column, valid).at_row(row0);
+  // Reduction-major words are usable in place only if a word is one number: pairs lie on two
+  // different rows.
+  const bool a_in_place = kWordsInPlace<T> && (p.a_reduction_major ? kPair == 1 : p.k % kPair == 0);
+
+  Acc<T>* partial = nullptr;
+  if (chunks > 1)
+    partial =
+        static_cast<Acc<T>*>(scratch_bytes(Scratch::kAccumulator, rows * width * sizeof(Acc<T>)));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t word0 = words * chunk / chunks, word1 = words * (chunk + 1) / chunks;
+    const int64_t k0 = word0 * kPair, k1 = min_of(p.k, word1 * kPair);
+    const Word<T>* b;
+    if (p.packed_b) {
+      b = p.packed_b + column * words + word0 * width;
+    } else {
+      auto* packed = static_cast<Word<T>*>(
+          scratch_bytes(Scratch::kPanel, (word1 - word0) * width * sizeof(Word<T>)));
+      if (p.b_transposed)
+        pack_columns_as_panel(p.b + column * p.ldb + k0, p.ldb, k1 - k0, valid, width, packed);
+      else
+        pack_rows_as_panel(p.b + k0 * p.ldb + column, p.ldb, k1 - k0, valid, width, packed);
+      b = packed;
+    }
+    // The rows of A as words: in place, or copied for this chunk.
+    const Word<T>* a;
+    int64_t lda;
+    if (a_in_place) {
+      const T* first = p.a_reduction_major ? p.a + k0 * p.lda + row0 : p.a + row0 * p.lda + k0;
+      a = reinterpret_cast<const Word<T>*>(first);
+      lda = p.lda;  // in numbers; a row-major pair operand steps through bytes below
+    } else {
+      lda = p.a_reduction_major ? rows : word1 - word0;
+      auto* copy = static_cast<Word<T>*>(
+          scratch_bytes(Scratch::kRows, rows * (word1 - word0) * sizeof(Word<T>)));
+      if (p.a_reduction_major)
+        pack_rows_as_panel(p.a + k0 * p.lda + row0, p.lda, k1 - k0, rows, rows, copy);
+      else
+        pack_rows(p.a + row0 * p.lda + k0, p.lda, rows, k1 - k0, copy);
+      a = copy;
+    }
+    const int64_t row_bytes =
+        a_in_place ? p.lda * static_cast<int64_t>(sizeof(T)) : lda * sizeof(Word<T>);
+    const bool last = chunk + 1 == chunks;
+    for (int64_t t = 0; t < tiles.tiles; ++t) {
+      const int64_t row = tiles.begin(t);
+      const int tile_rows = tiles.rows(t);
+      TileOperands<M> in;
+      const Word<T>* row_pointers[kMaxTileRows];
+      in.words = word1 - word0;
+      in.b = b;
+      if (chunk > 0) in.init = partial + row * width, in.ld_init = width;
+      if (p.a_reduction_major) {
+        in.a = a + row;
+        in.lda = lda;
+      } else {
+        for (int i = 0; i < tile_rows; ++i)
+          row_pointers[i] = reinterpret_cast<const Word<T>*>(reinterpret_cast<const char*>(a) +
+                                                             (row + i) * row_bytes);
+        in.rows = row_pointers;
+      }
+      const StoreAccumulators<V> keep{partial + row * width, width};
+      if (p.a_reduction_major) {
+        if (last)
+          run_tile_with_epilogue<T, true>(tile_rows, vecs, in, epilogue.at_row(row));
+        else
+          run_tile<M, true>(tile_rows, vecs, in, keep);
+      } else {
+        if (last)
+          run_tile_with_epilogue<T, false>(tile_rows, vecs, in, epilogue.at_row(row));
+        else
+          run_tile<M, false>(tile_rows, vecs, in, keep);
+      }
+    }
+  }
+}
+
+// How C is shared out: units of one panel and a block of rows, panel by panel, so that a thread
+// that owns whole panels packs each only once. Rows are blocked finer only where there are too few
+// panels to keep the threads equally busy.
+struct GemmUnits {
+  int64_t panels, row_blocks, rows;
+  template <class T>
+  FMK_INLINE GemmUnits of(const GemmProblem<T>& p, int64_t threads) {
+    constexpr int64_t kMaxRows = 1024;  // bounds the scratch of a unit
+    const int64_t panels = PanelSplit<Vec<T>>::of(p.n).count;
+    int64_t blocks = ceil_div(p.m, kMaxRows);
+    if (threads > 1 && panels % threads != 0 && panels < 8 * threads)
+      blocks = max_of(
+          blocks, min_of(ceil_div(4 * threads, panels), ceil_div(p.m, 2 * kTileRows[kPanelVecs])));
+    return {panels, blocks, p.m};
+  }
+  int64_t count() const { return panels * row_blocks; }
+  int64_t first_row(int64_t block) const { return rows * block / row_blocks; }
+};
+
+template <class T>
+FMK_INLINE void gemm(const GemmProblem<T>& p, const Parallel& pool) {
+  if (p.m == 0 || p.n == 0) return;
+  const bool serial =
+      2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) <
+      kSerialFlops;
+  const int64_t threads = serial ? 1 : pool.threads;
+  const GemmUnits units = GemmUnits::of(p, threads);
+  const int64_t shards = min_of(threads, units.count());
+  parallel_for(pool, shards, [&](int64_t shard) {
+    const int64_t end = units.count() * (shard + 1) / shards;
+    for (int64_t unit = units.count() * shard / shards; unit < end; ++unit) {
+      const int64_t panel = unit / units.row_blocks, block = unit % units.row_blocks;
+      const int64_t row0 = units.first_row(block);
+      gemm_block(p, panel, row0, units.first_row(block + 1) - row0);
+    }
+  });
+}
+
+}  // namespace fmk::FMK_ISA
