@@ -142,6 +142,17 @@ def lstm(
     return input, torch.cat(hiddens), torch.cat(cells)
 
 
+def pack_lstm_weights(
+    weights: Sequence[Tensor], has_biases: bool, backend: str | None
+) -> Tensor | None:
+    """One layer's weights as the chosen backend wants them, or None if it packs nothing."""
+    _, implementation = select("lstm", LSTM, backend, weights[0])
+    if implementation.pack is None:
+        return None
+    with torch.no_grad():
+        return implementation.pack([weight.contiguous() for weight in weights], has_biases)
+
+
 def lstm_cell(
     input: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], backend: str | None
 ) -> tuple[Tensor, Tensor]:
