@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from fmkernels import testing
 from fmkernels.bench.candidates import Tensors
 
 
@@ -29,47 +30,44 @@ class Check:
     message: str = ""
 
 
-# Below this, relative to the largest magnitude, a deviation is rounding whoever computes it.
-_FLOOR = {"fp64": 1e-14, "fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
-
-
-def check(tensors: Tensors, baselines: list[Tensors], oracle: Tensors, dtype: str) -> Check:
+def check(
+    tensors: Tensors, baselines: list[Tensors], oracle: Tensors, dtype: torch.dtype
+) -> Check:
     """Compare with float64.
 
     Args:
         tensors: what the candidate computed.
         baselines: PyTorch's own results in ``dtype`` (one per layout); the worst of them counts.
         oracle: PyTorch's results in float64, from the same rounded inputs.
-        dtype: "fp32", "bf16", "fp16" or "fp64".
+        dtype: of the candidate.
     """
     worst: Check | None = None
     for name, exact in oracle.items():
         if name not in tensors:
             return Check(False, math.inf, 0.0, name, f"{name} is missing")
-        if tensors[name].shape != exact.shape:
-            shapes = f"{tuple(tensors[name].shape)}, not {tuple(exact.shape)}"
-            return Check(False, math.inf, 0.0, name, f"{name} has shape {shapes}")
-        error = _error(tensors[name], exact)
-        theirs = max(_error(baseline[name], exact) for baseline in baselines)
-        allowed = 2 * theirs + _FLOOR[dtype]
-        ok = error <= allowed
-        message = "" if ok else f"{name} is off by {error:.1e}; {allowed:.1e} is allowed"
-        verdict = Check(ok, error, allowed, name, message)
+        actual = tensors[name]
+        if actual.shape != exact.shape or actual.dtype != dtype:
+            found = f"{tuple(actual.shape)} {testing.dtype_name(actual.dtype)}"
+            wanted = f"{tuple(exact.shape)} {testing.dtype_name(dtype)}"
+            return Check(False, math.inf, 0.0, name, f"{name} is {found}, not {wanted}")
+        torch_error = max(testing.max_error(baseline[name], exact) for baseline in baselines)
+        error = testing.max_error(actual, exact)
+        allowed = testing.allowed_error(torch_error, exact, dtype)
+        # Relative figures are for the reader; the verdict needs no division.
+        magnitude = exact.abs().max().item() if exact.numel() else 0.0
+        scale = magnitude if 0 < magnitude < math.inf else 1.0
+        verdict = Check(error <= allowed, error / scale, allowed / scale, name)
         if worst is None or _badness(verdict) > _badness(worst):
             worst = verdict
     assert worst is not None, "the oracle has at least one output"
-    return worst
+    if worst.ok:
+        return worst
+    message = f"{worst.worst} is off by {worst.error:.1e}; {worst.allowed:.1e} is allowed"
+    return replace(worst, message=message)
 
 
 def _badness(verdict: Check) -> float:
-    return verdict.error / verdict.allowed if verdict.allowed else math.inf
-
-
-def _error(tensor: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest deviation relative to the largest magnitude; infinite where NaN meets a number."""
-    if exact.numel() == 0:
+    """Error as a share of what is allowed; 0 for an exact result."""
+    if verdict.error == 0:
         return 0.0
-    deviation = (tensor.double() - exact).abs().max().item()
-    scale = exact.abs().max().item()
-    error = deviation / scale if scale else deviation
-    return error if math.isfinite(error) else math.inf
+    return verdict.error / verdict.allowed if verdict.allowed else math.inf

@@ -14,7 +14,7 @@ from fmkernels.bench.environment import environment
 from fmkernels.bench.numerics import Check, check
 from fmkernels.bench.results import EAGER, OURS, Cell, Measurement, Results
 from fmkernels.bench.roofline import Ceilings, probe
-from fmkernels.bench.workloads import MODES, Workload
+from fmkernels.bench.workloads import DTYPES, MODES, Workload
 
 MIN_CELL_S, QUICK_CELL_S = 4.0, 1.0
 
@@ -92,7 +92,7 @@ def measure(
                 continue
             if name == EAGER:
                 eager_tensors.append(tensors)
-            _judge(measurement, check(tensors, eager_tensors, oracle, dtype))
+            _judge(measurement, check(tensors, eager_tensors, oracle, DTYPES[dtype]))
             if name == OURS:
                 measurement.backend = candidates.backends_used(candidate)
             if measurement.status == "ok":

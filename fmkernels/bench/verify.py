@@ -93,7 +93,7 @@ def _verify_dtype(case: Case, dtype: str, backends: tuple[str, ...]) -> Iterator
         try:
             with recorder:
                 computed = _evaluate(case, lambda x, b=backend: case.ours(x, b), inputs)
-            result = check(computed, [theirs], oracle, dtype)
+            result = check(computed, [theirs], oracle, DTYPES[dtype])
         except Exception as error:  # the other cases are still worth knowing
             message = f"{type(error).__name__}: {error}"
             yield Verdict(**verdict, ok=False, ops=tuple(recorder.ops), message=message)

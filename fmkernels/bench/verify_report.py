@@ -82,4 +82,6 @@ def _badness(verdict: Verdict) -> float:
     """Error as a share of what is allowed; a case without numbers is the worst."""
     if verdict.error is None:
         return float("inf")
+    if verdict.error == 0:
+        return 0.0
     return verdict.error / verdict.allowed if verdict.allowed else float("inf")
