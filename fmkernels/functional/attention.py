@@ -78,6 +78,13 @@ def _check_mask(attn_mask: Tensor, query: Tensor, full_shape: tuple[int, ...]) -
         )
 
 
+def _scale(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores; without features every score is 0 and any factor will do."""
+    if scale is not None:
+        return number("scale", scale)
+    return 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
+
+
 def _four_dimensional(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
     """``tensor`` with its leading dimensions broadcast to ``leading`` and folded into two."""
     tensor = tensor.expand(*leading, *tensor.shape[-2:])
@@ -151,10 +158,7 @@ def scaled_dot_product_attention(
         check.boolean(name, flag)
     _check_operands(query, key, value, enable_gqa)
     dropout_p = probability("dropout_p", dropout_p)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    else:
-        scale = number("scale", scale)
+    factor = _scale(scale, query)
 
     if enable_gqa:
         heads = query.size(-3)
@@ -190,10 +194,46 @@ def scaled_dot_product_attention(
         attn_mask,
         dropout_p,
         is_causal,
-        scale,
+        factor,
         backend,
     )
     if len(leading) != 2:
         output = output.reshape(*result_shape, output.size(-1))
         lse = lse.reshape(result_shape)
     return (output, lse) if return_lse else output
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_dot_product_attention` that also returns the weights it otherwise never holds.
+
+    Takes four-dimensional query, key and value with the same batch and heads, and a mask that is
+    four-dimensional; only the reference backend serves it.
+
+    Returns:
+        output ``(B, H, Sq, Dv)`` and weights ``(B, H, Sq, Sk)``, after dropout; the weights of a
+        query that sees no key are 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
+        UnsupportedError: another backend was asked for.
+    """
+    _check_operands(query, key, value, False)
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        check.rank(name, operand, 4)
+        check.shape(name, operand, (*query.shape[:2], *operand.shape[2:]), "the query's first two")
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, (*query.shape[:-1], key.size(-2)))
+        check.rank("attn_mask", attn_mask, 4)
+    dropout_p = probability("dropout_p", dropout_p)
+    scale = _scale(None, query)
+    return autograd.attention_with_weights(
+        query, key, value, attn_mask, dropout_p, False, scale, backend
+    )

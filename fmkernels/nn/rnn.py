@@ -25,8 +25,11 @@ class LSTM(Freezable, nn.LSTM):
 
     Each layer runs its whole sequence, in both directions, as one op. ``proj_size`` and
     :class:`~torch.nn.utils.rnn.PackedSequence` inputs are left to torch's own LSTM, which
-    :func:`fmkernels.last_decisions` shows. torch.compile refuses every ``torch.nn.LSTM``, and this
-    subclass with it, unless ``torch._dynamo.config.allow_rnn`` is set; then it traces in one piece.
+    :func:`fmkernels.last_decisions` shows.
+
+    torch.compile breaks its graph at every ``torch.nn.LSTM``, and at this subclass with it, unless
+    ``torch._dynamo.config.allow_rnn`` is set. With it this layer traces as one op per layer; the
+    functions in :mod:`fmkernels.functional` trace without.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -153,7 +156,8 @@ class LSTMCell(nn.LSTMCell):
         backend: as in :func:`fmkernels.functional.lstm_cell`.
 
     Shape:
-        input ``(B, I)`` or ``(I)``, hx a pair of ``(B, H)`` or ``(H)`` or None; returns ``(h, c)``.
+        input ``(B, I)`` or ``(I)``; hx None or a pair of ``(B, H)`` or ``(H)``; returns
+        ``(h, c)``.
 
     Raises:
         ValueError: unknown backend.

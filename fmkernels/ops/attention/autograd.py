@@ -103,9 +103,12 @@ def attention_with_weights(
     dropout_p: float,
     is_causal: bool,
     scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`attention`, by the reference mathematics, with the weights ``(B, Hq, Sq, Sk)``."""
+    """As :func:`attention`, returning output and weights ``(B, Hq, Sq, Sk)``: reference only."""
     query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    only_reference = {"reference": SDPA["reference"]}
+    select("attention_with_weights", only_reference, backend, query, attn_mask, dropout_p)
     with autocast_off(query.device.type):
         output, weights, _ = reference.attention_with_weights(
             query, key, value, attn_mask, is_causal, scale, dropout_p
