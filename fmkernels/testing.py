@@ -1,4 +1,4 @@
-"""Input factories, float64 oracles and the tolerance policy; tests and benchmarks use the same ones.
+"""Input factories, float64 oracles and the tolerance policy, for tests and benchmarks alike.
 
 The policy: against PyTorch in float64 on the same (already rounded) inputs, the largest error of a
 result is at most twice that of PyTorch's own run in the result's dtype, plus a floor that depends
@@ -127,7 +127,7 @@ def gradient_in_layout(values: Tensor, layout: str) -> Tensor:
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference where ``exact`` is finite; infinity where the kinds of value differ.
+    """Largest absolute difference; infinity where the kinds of value differ.
 
     NaN must meet NaN, and an infinity the same infinity. An oracle value beyond the range of
     ``actual``'s dtype counts as an infinity.
@@ -172,8 +172,8 @@ def assert_within_policy(name: str, actual: Tensor, from_torch: Tensor, exact: T
     error = max_error(actual, exact)
     allowed = allowed_error(torch_error, exact, actual.dtype)
     assert error <= allowed, (
-        f"{name} {tuple(actual.shape)} {dtype_name(actual.dtype)}: error {error:.3g} against float64, "
-        f"allowed {allowed:.3g} (PyTorch's own error is {torch_error:.3g})"
+        f"{name} {tuple(actual.shape)} {dtype_name(actual.dtype)}: error {error:.3g} against "
+        f"float64, allowed {allowed:.3g} (PyTorch's own error is {torch_error:.3g})"
     )
 
 
