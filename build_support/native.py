@@ -53,8 +53,9 @@ class Isa:
 
 _AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _WIDE = ("-mtune=znver3", "-mprefer-vector-width=512")
-# gcc's own AVX-512 headers start from "undefined" vectors and warn about themselves.
-_QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# gcc's own AVX-512 headers start from "undefined" vectors and warn about themselves; clang does
+# not know all of these options.
+_QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
 ISAS = (
     Isa("scalar", (), "int zero = 0"),
     Isa("avx2", ("-mavx2", "-mfma", "-mf16c"), "__m256 zero = _mm256_setzero_ps()"),
