@@ -71,8 +71,8 @@ def lstm_cell(
             :class:`fmkernels.use_backend`.
 
     Returns:
-        ``(h', c')``, shaped like h and c. Under autocast they have the widest dtype of the
-        operands. Differentiable once.
+        ``(h', c')``, shaped like h and c. Under autocast they keep c's dtype, as in
+        torch. Differentiable once.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.

@@ -158,14 +158,16 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step: input ``(B, I)``, h and c ``(B, H)``, weights of one direction.
 
-    Under autocast the operands are promoted to the widest of their dtypes instead of being cast
-    down: torch keeps the state of a cell in its own dtype there, and a state that is rounded to a
-    half precision at every call would lose what a long recurrence accumulates in it.
+    Under autocast the step is taken in the widest dtype of its operands instead of a half precision,
+    and returned in the state's own dtype, as torch returns it: a state that is rounded at every call
+    loses what a long recurrence accumulates in it.
     """
     device_type = input.device.type
+    state_dtype = c.dtype
     if torch.is_autocast_enabled(device_type):
-        dtype = input.dtype
-        for tensor in (h, c, *weights):
+        state_dtype = torch.promote_types(c.dtype, torch.get_autocast_dtype(device_type))
+        dtype = state_dtype
+        for tensor in (input, h, *weights):
             dtype = torch.promote_types(dtype, tensor.dtype)
         input, h, c = input.to(dtype), h.to(dtype), c.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
@@ -174,4 +176,4 @@ def lstm_cell(
         _, h_n, c_n = _layer(
             name, input.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, None, False
         )
-    return h_n.squeeze(0), c_n.squeeze(0)
+    return h_n.squeeze(0).to(state_dtype), c_n.squeeze(0).to(state_dtype)
