@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,7 @@ def info(
         table.add_row(label, text, style=_info_style(label, text))
     _console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(state.to_dict(), indent=1) + "\n", encoding="utf-8")
+        report.write_document(state.to_dict(), json_file)
 
 
 @app.command("verify")
@@ -175,8 +174,7 @@ def demo(
         raise typer.Exit(2) from error
     demo_run.print_outcomes(outcomes, _console())
     if json_file is not None:
-        text = json.dumps([outcome.to_dict() for outcome in outcomes], indent=1)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        report.write_document([outcome.to_dict() for outcome in outcomes], json_file)
     if not all(outcome.agree for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ Both see the same batches in the same order, so their losses may differ by round
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,11 +56,12 @@ class Outcome:
     @property
     def max_difference(self) -> float:
         pairs = zip(self.torch_losses, self.our_losses, strict=True)
-        return max(abs(theirs - ours) for theirs, ours in pairs)
+        differences = [abs(theirs - ours) for theirs, ours in pairs]
+        # max() would pass over a NaN.
+        return max(d if math.isfinite(d) else math.inf for d in differences)
 
     @property
     def agree(self) -> bool:
-        # Written so that a NaN disagrees.
         return self.max_difference <= self.bound
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +54,22 @@ def print_results(results: Results, console: Console) -> None:
 
 def write_json(results: Results, path: Path) -> None:
     """The whole run, see :meth:`Results.to_dict`."""
-    path.write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_document(results.to_dict(), path)
+
+
+def write_document(document: Any, path: Path) -> None:
+    """Write nested dictionaries and lists as JSON; NaN and infinity, for which it has no word, as
+    null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(plain(document), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_csv(results: Results, path: Path) -> None:

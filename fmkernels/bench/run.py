@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -132,8 +131,6 @@ def _attempt(measurement: Measurement, action: Callable):
 
 def _judge(measurement: Measurement, verdict: Check) -> None:
     measurement.error, measurement.allowed = verdict.error, verdict.allowed
-    if not math.isfinite(verdict.error):  # JSON has no word for it; the message says what happened
-        measurement.error = None
     if not verdict.ok:
         measurement.status, measurement.message = "wrong", verdict.message
 

@@ -8,7 +8,6 @@ ops that ran are recorded.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -109,7 +108,7 @@ def _verdict(fields: dict[str, str], result: Check, ops: tuple[str, ...]) -> Ver
     return Verdict(
         **fields,
         ok=result.ok and not ran_elsewhere,
-        error=result.error if math.isfinite(result.error) else None,
+        error=result.error,
         allowed=result.allowed,
         worst=result.worst,
         ops=ops,

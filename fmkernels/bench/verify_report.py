@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fmkernels.bench.report import write_document
 from fmkernels.bench.verify import Verdict
 from fmkernels.info import Info
 
@@ -67,7 +67,7 @@ def write_json(verdicts: list[Verdict], state: Info, path: Path) -> None:
         "info": state.to_dict(),
         "verdicts": [verdict.to_dict() for verdict in verdicts],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_document(document, path)
 
 
 def _groups(verdicts: list[Verdict]) -> dict[tuple[str, str, str, str], list[Verdict]]:
