@@ -1,0 +1,70 @@
+"""Which backend ``"auto"`` chooses for a layer on its device and in its dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmkernels._dispatch import Decision, last_decisions, use_backend
+from fmkernels._replace.fused import FusedConv2d
+from fmkernels._replace.measure import in_evaluation
+
+
+def decisions_of(layer: nn.Module) -> list[Decision]:
+    """What was decided while ``layer`` ran once on the smallest input that it accepts."""
+    inputs = _smallest_inputs(layer)
+    before = last_decisions()
+    observed = [layer, layer.norm] if isinstance(layer, FusedConv2d) else [layer]
+    with in_evaluation(*observed), torch.no_grad(), use_backend("auto"):
+        # Not __call__: hooks are for the user's own data.
+        layer.forward(*inputs)
+    return _after(last_decisions(), before)
+
+
+def _after(decisions: tuple[Decision, ...], before: tuple[Decision, ...]) -> list[Decision]:
+    """The decisions made since ``before``; the log is bounded, so the older ones may be gone."""
+    if before:
+        for position in reversed(range(len(decisions))):
+            if decisions[position] is before[-1]:
+                return list(decisions[position + 1 :])
+    return list(decisions)
+
+
+def _smallest_inputs(layer: nn.Module) -> tuple[Any, ...]:
+    def zeros(*shape: int) -> Tensor:
+        parameter = next(layer.parameters())
+        return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return (zeros(1, layer.in_channels, *_smallest_image(layer)),)
+    if isinstance(layer, nn.Linear):
+        return (zeros(1, layer.in_features),)
+    if isinstance(layer, nn.RNNBase):
+        return (zeros(1, 1, layer.input_size),)
+    if isinstance(layer, nn.RNNCellBase):
+        return (zeros(1, layer.input_size),)
+    if isinstance(layer, nn.MultiheadAttention):
+        widths = (layer.embed_dim, layer.kdim, layer.vdim)
+        return tuple(zeros(1, 1, width) for width in widths) + (None, False)
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        return (zeros(1, 1, layer.linear1.in_features),)
+    if isinstance(layer, nn.TransformerDecoderLayer):
+        token = zeros(1, 1, layer.linear1.in_features)
+        return token, token
+    raise TypeError(f"no example input is known for a {type(layer).__name__}")
+
+
+def _smallest_image(layer: nn.modules.conv._ConvNd) -> list[int]:
+    sizes = []
+    pool = getattr(layer, "pool", None)
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    ):
+        window = 1 if pool is None else pool[1][axis]
+        size = dilation * (kernel - 1) + 1 + stride * (window - 1)
+        # Reflecting and wrapping need more than the padding itself.
+        padding = size if isinstance(layer.padding, str) else layer.padding[axis]
+        sizes.append(max(size, padding + 1))
+    return sizes

@@ -1,0 +1,154 @@
+"""Which torch layers have a counterpart here, and which instances of them can be exchanged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from fmkernels import nn as fnn
+from fmkernels._checks import FLOAT_DTYPES
+
+FAMILIES = ("conv", "rnn", "attention", "linear")
+
+_LAYERS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv",
+    nn.Conv2d: "conv",
+    nn.Conv3d: "conv",
+    nn.ConvTranspose1d: "conv",
+    nn.ConvTranspose2d: "conv",
+    nn.ConvTranspose3d: "conv",
+    nn.RNN: "rnn",
+    nn.LSTM: "rnn",
+    nn.GRU: "rnn",
+    nn.RNNCell: "rnn",
+    nn.LSTMCell: "rnn",
+    nn.GRUCell: "rnn",
+    nn.MultiheadAttention: "attention",
+    nn.TransformerEncoderLayer: "attention",
+    nn.TransformerDecoderLayer: "attention",
+    nn.Linear: "linear",
+    nn.Bilinear: "linear",
+}
+_QUANTIZED = {kind.__name__: family for kind, family in _LAYERS.items()}
+
+# The parts of a layer that are exchanged with it; its other parts are taken over as they are.
+_PARTS = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.Linear)
+
+# A subclass may define these and still compute what its base computes; the dunder names that are not
+# methods are what Python itself puts into a class.
+_HARMLESS = {
+    "__init__",
+    "__repr__",
+    "extra_repr",
+    "reset_parameters",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations__",
+    "__annotations_cache__",
+    "__constants__",
+    "__doc__",
+    "__firstlineno__",
+    "__module__",
+    "__qualname__",
+    "__static_attributes__",
+}
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of this package already."""
+    return type(module).__module__.split(".")[0] == fnn.__name__.split(".")[0]
+
+
+def family_of(module: nn.Module) -> str | None:
+    """The family that ``module`` belongs to, replaceable or not; None for all other modules."""
+    for kind in type(module).__mro__:
+        if kind in _LAYERS:
+            return _LAYERS[kind]
+    if isinstance(module, torch.jit.ScriptModule):
+        return _QUANTIZED.get(getattr(module, "original_name", ""))
+    if type(module).__module__.startswith(("torch.ao.", "torchao.")):
+        return _QUANTIZED.get(type(module).__name__)
+    return None
+
+
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The torch layer class that ``module`` is an instance of."""
+    return next((kind for kind in type(module).__mro__ if kind in _LAYERS), None)
+
+
+def counterpart_of(base: type[nn.Module]) -> type[nn.Module] | None:
+    """This package's layer for a torch layer class, or None."""
+    kind = getattr(fnn, base.__name__, None)
+    return kind if hasattr(kind, "from_torch") else None
+
+
+def why_kept(module: nn.Module) -> str:
+    """Why ``module``, which belongs to a family, cannot be replaced; empty if it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript"
+    if type(module).__module__.startswith(("torch.ao.", "torchao.")):
+        return "it is quantized, or prepared for quantization"
+    if isinstance(module, LazyModuleMixin):
+        return "its parameters are not initialised yet: run one batch through the model first"
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)
+        return f"its {names} is computed by a parametrization"
+    base = base_of(module)
+    if counterpart_of(base) is None:
+        return f"fmkernels has no {base.__name__} layer"
+    reason = _why_special(module, base) or _why_parameters(module)
+    if reason:
+        return reason
+    for path, part in module.named_modules():
+        if path and (reason := _why_part(part)):
+            return f"its {path}: {reason}"
+    return ""
+
+
+def _why_special(module: nn.Module, base: type[nn.Module]) -> str:
+    if "forward" in vars(module):
+        return "its forward is overridden on the instance"
+    for kind in type(module).__mro__:
+        if kind is base:
+            break
+        overridden = sorted(set(vars(kind)) - _HARMLESS)
+        if overridden:
+            return f"its class {kind.__name__} defines {', '.join(overridden)}"
+    if any(isinstance(value, Tensor) for value in vars(module).values()):
+        return "its weight is computed before each call (weight_norm, spectral_norm or pruning)"
+    if any(vars(module).get(name) for name in _STATE_HOOKS):
+        return "it has state_dict hooks"
+    return ""
+
+
+def _why_parameters(module: nn.Module) -> str:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            return f"its {name} is on the meta device"
+        if type(parameter) is not nn.Parameter:
+            return f"its {name} is a {type(parameter).__name__}"
+        if parameter.dtype not in FLOAT_DTYPES:
+            return f"its {name} is {str(parameter.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _why_part(part: nn.Module) -> str:
+    """Why a layer of several parts cannot be replaced because of this part."""
+    if type(part) not in _PARTS or has_call_hooks(part):
+        return ""
+    return _why_special(part, type(part)) or _why_parameters(part)
+
+
+def has_call_hooks(module: nn.Module) -> bool:
+    """Whether someone observes or changes what goes in or comes out of ``module``."""
+    return any(vars(module).get(name) for name in _CALL_HOOKS)

@@ -1,0 +1,191 @@
+"""What may follow a convolution or a linear layer inside one fused layer.
+
+Recognises the activations and poolings that the kernels can apply, as modules and as function or
+method calls. Anything with other parameters than the kernels implement is not recognised, and so
+stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fmkernels.functional.conv import Pool
+from fmkernels.ops import _activations
+from fmkernels.ops.conv.backends import FUSED_POOL_WINDOWS
+
+NORM, ACTIVATION, POOL = "norm", "activation", "pool"
+
+# Max-pooling and these commute exactly: forward, gradient and NaN. (The other activations round
+# different inputs to equal outputs, and then pooling after them picks another maximum.)
+COMMUTES_WITH_MAX_POOL = ("relu", "relu6")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One member of a chain after its head.
+
+    Attributes:
+        kind: ``"norm"``, ``"activation"`` or ``"pool"``.
+        value: None, the activation's name, or the pool as in fmkernels.functional.conv2d.
+        name: class or function name, for the report.
+        apply: the step as PyTorch computes it, for measuring.
+    """
+
+    kind: str
+    value: Any
+    name: str
+    apply: Callable[[Tensor], Tensor]
+
+
+_ACTIVATION_MODULES: dict[type, Callable[[Any], str | None]] = {
+    nn.ReLU: lambda m: "relu",
+    nn.ReLU6: lambda m: "relu6",
+    nn.Hardtanh: lambda m: "relu6" if (m.min_val, m.max_val) == (0, 6) else None,
+    nn.LeakyReLU: lambda m: "leaky_relu" if m.negative_slope == 0.01 else None,
+    nn.ELU: lambda m: "elu" if m.alpha == 1 else None,
+    nn.GELU: lambda m: {"none": "gelu", "tanh": "gelu_tanh"}.get(m.approximate),
+    nn.SiLU: lambda m: "silu",
+    nn.Sigmoid: lambda m: "sigmoid",
+    nn.Tanh: lambda m: "tanh",
+    nn.Hardswish: lambda m: "hardswish",
+    nn.Hardsigmoid: lambda m: "hardsigmoid",
+    nn.Mish: lambda m: "mish",
+}
+
+# Names of the arguments after the input, and the activation for their values.
+_ACTIVATION_CALLS: dict[str, tuple[tuple[str, ...], Callable[[dict], str | None]]] = {
+    "relu": (("inplace",), lambda a: "relu"),
+    "relu6": (("inplace",), lambda a: "relu6"),
+    "leaky_relu": (
+        ("negative_slope", "inplace"),
+        lambda a: "leaky_relu" if a.get("negative_slope", 0.01) == 0.01 else None,
+    ),
+    "elu": (("alpha", "inplace"), lambda a: "elu" if a.get("alpha", 1.0) == 1 else None),
+    "gelu": (
+        ("approximate",),
+        lambda a: {"none": "gelu", "tanh": "gelu_tanh"}.get(a.get("approximate", "none")),
+    ),
+    "silu": (("inplace",), lambda a: "silu"),
+    "sigmoid": ((), lambda a: "sigmoid"),
+    "tanh": ((), lambda a: "tanh"),
+    "hardswish": (("inplace",), lambda a: "hardswish"),
+    "hardsigmoid": (("inplace",), lambda a: "hardsigmoid"),
+    "mish": (("inplace",), lambda a: "mish"),
+}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    **{getattr(F, name): name for name in _ACTIVATION_CALLS},
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu_: "relu",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    torch.tanh: "tanh",
+    torch.tanh_: "tanh",
+}
+_ACTIVATION_METHODS = {
+    name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")
+}
+
+_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
+
+
+def step_of_module(module: nn.Module) -> Step | None:
+    """The step that ``module`` is, or None. Subclasses are not recognised: they may do more."""
+    kind = type(module)
+    if kind is nn.BatchNorm2d:
+        return Step(NORM, None, kind.__name__, module)
+    if kind in _ACTIVATION_MODULES:
+        name = _ACTIVATION_MODULES[kind](module)
+        return None if name is None else Step(ACTIVATION, name, kind.__name__, module)
+    if kind is nn.MaxPool2d:
+        pool = _max_pool({name: getattr(module, name) for name in _POOL_ARGUMENTS})
+        return None if pool is None else Step(POOL, pool, kind.__name__, module)
+    return None
+
+
+def step_of_call(node: fx.Node) -> Step | None:
+    """The step that a function or method call of a traced graph is, or None."""
+    if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
+        arguments = _arguments(node, _POOL_ARGUMENTS)
+        pool = None if arguments is None else _max_pool(arguments)
+        if pool is None:
+            return None
+        return Step(POOL, pool, "max_pool2d", lambda x: F.max_pool2d(x, *pool[1:]))
+    name = None
+    if node.op == "call_function":
+        name = _ACTIVATION_FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        name = _ACTIVATION_METHODS.get(node.target)
+    if name is None:
+        return None
+    names, activation_of = _ACTIVATION_CALLS[name]
+    arguments = _arguments(node, names)
+    activation = None if arguments is None else activation_of(arguments)
+    if activation is None:
+        return None
+    return Step(ACTIVATION, activation, name, _activations.FORWARD[activation])
+
+
+def append(steps: list[Step], step: Step) -> list[Step] | None:
+    """``steps`` with ``step``, if the kernels can apply them in one go; else None."""
+    kinds = [other.kind for other in steps]
+    if step.kind in kinds:
+        return None
+    if step.kind == NORM:
+        return [step] if not steps else None
+    if step.kind == ACTIVATION and POOL in kinds and step.value not in COMMUTES_WITH_MAX_POOL:
+        return None
+    return [*steps, step]
+
+
+def value_of(steps: list[Step], kind: str) -> Any:
+    """The value of the step of this kind, or None."""
+    return next((step.value for step in steps if step.kind == kind), None)
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """The call's arguments after its input, by name; None if one is computed or unknown."""
+    positional = node.args[1:]
+    if len(node.args) == 0 or len(positional) > len(names):
+        return None
+    arguments = {**dict(zip(names, positional, strict=False)), **node.kwargs}
+    known = set(arguments) <= set(names)
+    constant = all(_is_constant(value) for value in arguments.values())
+    return arguments if known and constant else None
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_constant(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _max_pool(arguments: dict[str, Any]) -> Pool | None:
+    """The pool that conv2d fuses for these arguments of max-pooling, or None."""
+    kernel_size = _pair(arguments.get("kernel_size"))
+    if kernel_size not in FUSED_POOL_WINDOWS:
+        return None
+    if arguments.get("ceil_mode") or arguments.get("return_indices"):
+        return None
+    if _pair(arguments.get("dilation", 1)) != (1, 1):
+        return None
+    stride = arguments.get("stride")
+    stride = kernel_size if stride is None or stride == [] else _pair(stride)
+    padding = _pair(arguments.get("padding", 0))
+    return None if stride is None or padding is None else ("max", kernel_size, stride, padding)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    if isinstance(value, tuple | list) and len(value) in (1, 2):
+        pair = tuple(value) * (3 - len(value))
+        return pair if all(isinstance(item, int) for item in pair) else None
+    return None
