@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmkernels._dispatch import Backend
+from fmkernels.ops import _activations
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,8 +42,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- inputs
-# ---------------------------------------------------------------------------------------
+# --- inputs ---
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "expanded", "strided", "offset")
 
@@ -122,8 +123,15 @@ def gradient_in_layout(values: Tensor, layout: str) -> Tensor:
     raise ValueError(f"layout must be one of {', '.join(GRADIENT_LAYOUTS)}, got {layout!r}")
 
 
-# --- comparison
-# -----------------------------------------------------------------------------------
+def torch_activation(name: str | None, x: Tensor) -> Tensor:
+    """The activation in plain PyTorch, for oracles."""
+    if name == "hardsigmoid":
+        # The gradient of F.hardsigmoid in float64 carries a 1/6 rounded to float32.
+        return F.relu6(x + 3) / 6
+    return _activations.apply(name, x)
+
+
+# --- comparison ---
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:

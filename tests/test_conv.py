@@ -78,7 +78,7 @@ def torch_conv2d(
         output = output + shift.view(-1, 1, 1)
     if residual is not None:
         output = output + residual
-    output = _activations.apply(activation, output)
+    output = testing.torch_activation(activation, output)
     if pool is not None:
         pooling = {"max": F.max_pool2d, "avg": F.avg_pool2d}[pool[0]]
         output = pooling(output, *pool[1:])
@@ -459,7 +459,7 @@ def test_conv1d_epilogue(backend):
     torch.testing.assert_close(unbatched, F.conv1d(arguments["input"][0], arguments["weight"]))
 
 
-# --- layers ---------------------------------------------------------------------------------------
+# --- layers ---
 
 LAYERS = {
     "Conv2d": (nn.Conv2d, fnn.Conv2d, (6, 8, 3), {"padding": 1, "stride": 2}, (2, 6, 11, 9)),
@@ -543,7 +543,7 @@ def test_conv_block(norm, pool, activation, layout, backend):
     def parts(input):
         output = conv(input)
         output = output if bn is None else bn(output)
-        output = _activations.apply(activation, output)
+        output = testing.torch_activation(activation, output)
         return output if pool is None else F.max_pool2d(output, *pool[1:])
 
     parameters = [*conv.parameters(), *([] if bn is None else bn.parameters())]

@@ -52,7 +52,7 @@ def make_arguments(problem, dtype, make=testing.normal, residual=False):
 def torch_linear(input, weight, bias=None, residual=None, activation=None):
     output = F.linear(input, weight, bias)
     output = output if residual is None else output + residual
-    return _activations.apply(activation, output)
+    return testing.torch_activation(activation, output)
 
 
 def check(arguments, backend, activation=None, **options):
@@ -209,7 +209,7 @@ def test_packed_weight_changes_no_bit(dtype, backend):
     assert torch.equal(with_packed, plain)
 
 
-# --- layer ----------------------------------------------------------------------------------------
+# --- layer ---
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -258,7 +258,7 @@ def test_compile(grad, activation, backend):
         torch.testing.assert_close(actual_grad, expected_grad)
 
 
-# --- frozen layers --------------------------------------------------------------------------------
+# --- frozen layers ---
 
 
 def test_frozen_layer_notices_an_update(backend):

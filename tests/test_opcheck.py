@@ -1,4 +1,4 @@
-"""torch.library.opcheck on the ops of the conv and linear families: schema, fakes, registration."""
+"""torch.library.opcheck of the conv and linear ops: schema, fakes, registration."""
 
 from __future__ import annotations
 
