@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmkernels._dispatch import select
+from fmkernels._dispatch import current_precision, select
 from fmkernels.ops import _activations
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
 from fmkernels.ops.conv.backends import CONV2D, MAX_POOL2D
@@ -34,10 +34,11 @@ class _Conv2d(torch.autograd.Function):
         activation,
         pool,
         backend,
+        exact,
     ):
         options = (stride, padding, dilation, groups, activation, pool)
         output, saved, argmax = CONV2D[backend].forward(
-            input, weight, bias, scale, shift, residual, packed_weight, *options, True
+            input, weight, bias, scale, shift, residual, packed_weight, *options, True, exact
         )
         # Only relu's derivative reads the output; for the others `saved` stands in for it, so that
         # the output is not kept alive.
@@ -46,13 +47,14 @@ class _Conv2d(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.backend = backend
+        ctx.exact = exact
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * 14
+            return (None,) * 15
         input, weight, scale, output, saved, argmax = ctx.saved_tensors
         need_input, need_weight, need_bias, _, need_shift, need_residual = ctx.needs_input_grad[:6]
         grad_output = grad_output.contiguous(memory_format=memory_format_of(input))
@@ -74,6 +76,7 @@ class _Conv2d(torch.autograd.Function):
             need_bias,
             need_shift,
             need_residual and not alias_residual,
+            ctx.exact,
         )
         if alias_residual:
             grad_residual = grad_output
@@ -84,7 +87,7 @@ class _Conv2d(torch.autograd.Function):
             None,
             grad_shift if need_shift else None,
             grad_residual if need_residual else None,
-        ) + (None,) * 8
+        ) + (None,) * 9
 
 
 def conv2d(
@@ -136,9 +139,10 @@ def conv2d(
         residual = residual.contiguous(memory_format=memory_format)
     tensors = (input, weight, bias, scale, shift, residual)
     options = (stride, padding, dilation, groups, activation, pool)
+    exact = current_precision() == "exact"
     if needs_graph(*tensors):
-        return _Conv2d.apply(*tensors, packed_weight, *options, name)
-    return implementation.forward(*tensors, packed_weight, *options, False)[0]
+        return _Conv2d.apply(*tensors, packed_weight, *options, name, exact)
+    return implementation.forward(*tensors, packed_weight, *options, False, exact)[0]
 
 
 def pack_conv2d_weight(
@@ -149,12 +153,16 @@ def pack_conv2d_weight(
     groups: int,
     backend: str | None,
 ) -> Tensor | None:
-    """The weight as the chosen backend wants it, or None if that backend packs nothing."""
+    """The weight as the chosen backend wants it, or None if that backend packs nothing.
+
+    What is packed under ``precision("exact")`` serves exact calls without packing anew.
+    """
     _, implementation = select("conv2d", CONV2D, backend, weight, weight, None, ())
     if implementation.pack is None:
         return None
     with torch.no_grad():
-        return implementation.pack(weight.contiguous(), stride, padding, dilation, groups)
+        exact = current_precision() == "exact"
+        return implementation.pack(weight.contiguous(), stride, padding, dilation, groups, exact)
 
 
 def _epilogue(

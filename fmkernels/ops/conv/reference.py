@@ -27,8 +27,9 @@ def conv2d_forward(
     activation: str | None,
     pool: Sequence[int],
     save_for_backward: bool,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See schema.py. ``packed_weight`` is not read."""
+    """See schema.py. ``packed_weight`` and ``exact`` are not read."""
     memory_format = memory_format_of(input)
     output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     saved = input.new_empty((0,))
@@ -77,6 +78,7 @@ def conv2d_backward(
     need_bias: bool,
     need_shift: bool,
     need_residual: bool,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See schema.py."""
     dtype, memory_format = input.dtype, memory_format_of(input)

@@ -15,6 +15,9 @@ conv2d_forward computes
 * ``argmax`` (uint8, shaped like ``output``), only if ``save_for_backward`` and there is a pool, is
   the position ``i * kernel_w + j`` of the first maximum within its window.
 
+``exact`` forbids algorithms with a larger error than direct summation (Winograd). A weight packed
+without it may be passed to a forward with it: the forward then packs anew if it has to.
+
 max_pool2d_forward/backward use the same kind of ``argmax``; a window holds at most 256 elements.
 
 An output that is not asked for is an empty tensor of shape (0,).
@@ -35,19 +38,19 @@ _library = torch.library.Library("fmkernels", "FRAGMENT")
 _library.define(
     "conv2d_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "Tensor? residual, Tensor? packed_weight, int[] stride, int[] padding, int[] dilation, "
-    "int groups, str? activation, int[] pool, bool save_for_backward) "
+    "int groups, str? activation, int[] pool, bool save_for_backward, bool exact=False) "
     "-> (Tensor output, Tensor saved, Tensor argmax)"
 )
 _library.define(
     "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, "
     "Tensor output, Tensor saved, Tensor argmax, int[] stride, int[] padding, int[] dilation, "
     "int groups, str? activation, int[] pool, bool need_input, bool need_weight, bool need_bias, "
-    "bool need_shift, bool need_residual) -> (Tensor grad_input, Tensor grad_weight, "
-    "Tensor grad_bias, Tensor grad_shift, Tensor grad_residual)"
+    "bool need_shift, bool need_residual, bool exact=False) -> (Tensor grad_input, "
+    "Tensor grad_weight, Tensor grad_bias, Tensor grad_shift, Tensor grad_residual)"
 )
 _library.define(
-    "conv2d_pack_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) "
-    "-> Tensor"
+    "conv2d_pack_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool exact=False) -> Tensor"
 )
 _library.define(
     "max_pool2d_forward(Tensor input, int[] kernel_size, int[] stride, int[] padding, "
@@ -141,6 +144,7 @@ def _conv2d_forward_fake(
     activation: str | None,
     pool: Sequence[int],
     save_for_backward: bool,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     conv_shape = _conv_shape(input, weight, stride, padding, dilation)
     shape = conv_shape
@@ -179,6 +183,7 @@ def _conv2d_backward_fake(
     need_bias: bool,
     need_shift: bool,
     need_residual: bool,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     conv_shape = _conv_shape(input, weight, stride, padding, dilation)
     channels = (weight.shape[0],)
@@ -198,6 +203,7 @@ def _conv2d_pack_weight_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    exact: bool = False,
 ) -> Tensor:
     # The packed size depends on the ISA of the machine, which only the kernel knows.
     size = torch.library.get_ctx().new_dynamic_size(min=64)
