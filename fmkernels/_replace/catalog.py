@@ -37,8 +37,8 @@ _QUANTIZED = {kind.__name__: family for kind, family in _LAYERS.items()}
 # The parts of a layer that are exchanged with it; its other parts are taken over as they are.
 _PARTS = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.Linear)
 
-# A subclass may define these and still compute what its base computes; the dunder names that are not
-# methods are what Python itself puts into a class.
+# A subclass may define these and still compute what its base computes; the dunder names that are
+# not methods are what Python itself puts into a class.
 _HARMLESS = {
     "__init__",
     "__repr__",
