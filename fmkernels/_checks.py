@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmkernels._dispatch import autocast_enabled
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The largest stride, padding or dilation. Sizes are below 2**62 (torch's own limit on bytes), so
@@ -68,7 +70,7 @@ def same_kind(name: str, value: Tensor, reference_name: str, reference: Tensor) 
             f"{name} must be on the device of {reference_name} ({reference.device}), "
             f"got {describe(value)}"
         )
-    if value.dtype != reference.dtype and not torch.is_autocast_enabled(value.device.type):
+    if value.dtype != reference.dtype and not autocast_enabled(value.device.type):
         raise TypeError(
             f"{name} must have the dtype of {reference_name} ({reference.dtype}), "
             f"got {describe(value)}"

@@ -157,6 +157,11 @@ def current_precision() -> str:
     return _settings.precision
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; False where there is no autocast (meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def last_decisions() -> tuple[Decision, ...]:
     """The most recent choices made under ``"auto"``, oldest first (at most 64)."""
     return tuple(_decisions)

@@ -153,7 +153,7 @@ def max_pool2d(
     Args:
         input: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float64.
         kernel_size, stride, dilation: int or pair, at least 1; stride None means kernel_size.
-        padding: int or pair, at most half of the window (padding counts as minus infinity).
+        padding: int or pair, at most half of kernel_size (padding counts as minus infinity).
         ceil_mode: let a last window overhang the end of the input.
         return_indices: also return the int64 position ``row * W + column`` of each maximum.
         backend: an explicit backend never falls back; windows of more than 256 elements are left
@@ -391,11 +391,10 @@ def _pool_window(
     dilations = _checks.integers(f"{prefix}dilation", dilation, dims, 1)
     pads = _checks.integers(f"{prefix}padding", padding, dims, 0)
     for axis in range(dims):
-        span = dilations[axis] * (kernel[axis] - 1) + 1
-        if pads[axis] > span // 2:
+        if pads[axis] > kernel[axis] // 2:
             raise ValueError(
-                f"{prefix}padding[{axis}] must be at most half of the window ({span // 2}), "
-                f"got {pads[axis]}"
+                f"{prefix}padding[{axis}] must be at most half of kernel_size "
+                f"({kernel[axis] // 2}), got {pads[axis]}"
             )
     return kernel, steps, pads, dilations
 
@@ -404,7 +403,9 @@ def _check_window(name: str, size: Sequence[int], window: Window, ceil_mode: boo
     kernel, stride, padding, dilation = window
     output_size = pool_output_size(size, kernel, stride, padding, dilation, ceil_mode)
     for axis, count in enumerate(output_size):
-        if count < 1:
+        # A dilated window may also step over all of a small input, from padding to padding.
+        steps_over = padding[axis] > 0 and dilation[axis] > size[axis]
+        if count < 1 or steps_over:
             raise ValueError(
                 f"{name} is too small to pool in spatial dimension {axis}: size {size[axis]} with "
                 f"padding {padding[axis]} and a window spanning "

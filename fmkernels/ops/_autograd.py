@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fmkernels._dispatch import autocast_enabled
+
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether the call must go through an autograd.Function.
@@ -24,7 +26,7 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     The device is that of the first tensor. float64 tensors stay as they are, as in torch.
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(_cast(t, dtype) for t in tensors)
