@@ -195,8 +195,11 @@ class Builder:
 
     def ops_units(self) -> list[Unit]:
         """What only _ops.so contains."""
+        torch_include = self.torch_dir / "include"
         flags = [
-            f"-isystem{self.torch_dir / 'include'}",
+            f"-isystem{torch_include}",
+            # torch's headers put __FILE__ into error messages
+            f"-ffile-prefix-map={torch_include}{os.sep}=",
             "-DTORCH_STABLE_ONLY",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         ]
