@@ -21,7 +21,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised tensors hold NaN (integers: their maximum), so that none can pass for a result."""
+    """Uninitialised tensors hold NaN (integers: their maximum): none can pass for a result."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -291,8 +291,8 @@ def test_frozen_layer_still_trains(backend):
 
 def test_check_frozen_catches_a_hidden_write(backend, monkeypatch):
     layer = fnn.Linear(8, 6, backend=backend)
-    layer._pack()
     monkeypatch.setenv("FMKERNELS_CHECK_FROZEN", "1")
+    layer._pack()
     layer(torch.randn(3, 8))
     layer.weight.data[0, 0] += 1
     if layer._packed_weight is None:  # nothing is packed, so nothing is stale

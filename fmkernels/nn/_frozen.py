@@ -4,8 +4,8 @@ A frozen layer keeps what the kernels read in a layout of their own, as non-pers
 the identity of the tensors it was made from: data pointer, version counter, dtype. Each forward
 compares them and packs again when one has changed (``load_state_dict``, an in-place update,
 ``.to(dtype)``). A write that neither moves the data nor bumps the version (``param.data[...] = ``,
-a fused optimizer, a NumPy view) goes unnoticed; ``FMKERNELS_CHECK_FROZEN=1`` packs on every call
-and raises on a difference.
+a fused optimizer, a NumPy view) goes unnoticed. With ``FMKERNELS_CHECK_FROZEN=1`` set when a layer
+is frozen, every call packs and raises on a difference.
 
 While torch.compile traces, the packed tensors are left aside: a graph cannot see a data pointer,
 and would keep using a stale weight.
@@ -30,10 +30,12 @@ class Freezable(nn.Module):
 
     _frozen_sources: tuple | None
     _frozen_names: tuple[str, ...]
+    _checks_each_call: bool
 
     def _init_frozen(self, names: Sequence[str] = ("_packed_weight",)) -> None:
         """Declare the buffers that packing fills; the layer starts unfrozen."""
         self._frozen_sources = None
+        self._checks_each_call = False
         self._frozen_names = tuple(names)
         for name in self._frozen_names:
             self.register_buffer(name, None, persistent=False)
@@ -59,6 +61,8 @@ class Freezable(nn.Module):
             for name, packed in zip(self._frozen_names, self._compute_packing(), strict=True):
                 setattr(self, name, packed)
         self._frozen_sources = sources
+        # Looked up here: reading the environment on each call would cost more than the comparison.
+        self._checks_each_call = os.environ.get("FMKERNELS_CHECK_FROZEN") == "1"
 
     def _unpack(self) -> None:
         """Unfreeze: drop the packed weights."""
@@ -72,7 +76,7 @@ class Freezable(nn.Module):
             return (None,) * len(self._frozen_names)
         if self._source_identity() != self._frozen_sources:
             self._pack()
-        elif os.environ.get("FMKERNELS_CHECK_FROZEN") == "1":
+        elif self._checks_each_call:
             self._check_packed()
         return tuple(getattr(self, name) for name in self._frozen_names)
 
@@ -90,7 +94,7 @@ class Freezable(nn.Module):
     def _source_identity(self) -> tuple:
         return tuple(
             # Inference tensors have no version counter, and cannot change outside inference mode.
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
             for t in self._packing_sources()
         )
 
