@@ -18,7 +18,7 @@ struct f16 {
 };
 
 // The activations of the epilogue, with torch's default parameters. The order is the order of the
-// names in fmkernels/_activations.py; the stable-ABI layer translates names to these values.
+// names in fmkernels/ops/_activations.py; the stable-ABI layer translates names to these values.
 enum class Activation : uint8_t {
   kNone,
   kRelu,
