@@ -138,8 +138,8 @@ def scaled_dot_product_attention(
         enable_gqa: key and value may have fewer heads than the query, a divisor of its number.
         return_lse: also return the logarithm of the softmax's denominator.
         backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None takes the surrounding
-            :class:`fmkernels.use_backend`. Dropout and a mask that requires a gradient are served
-            by the reference alone.
+            :class:`fmkernels.use_backend`. Dropout, a mask that requires a gradient and a
+            float32 mask on half-precision operands are served by the reference alone.
 
     Returns:
         output ``(..., Hq, Sq, Dv)``; with ``return_lse`` a tuple ``(output, lse)``, lse

@@ -226,6 +226,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         )
         _share_children(self, self, backend)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Not torch's, which after a copy puts relu in the place of an activation that is a module.
+        nn.Module.__setstate__(self, state)
+
     @classmethod
     def from_torch(
         cls, module: nn.TransformerDecoderLayer, *, backend: str | None = None

@@ -79,7 +79,7 @@ def attention(
     Returns:
         output ``(B, Hq, Sq, Dv)`` and lse ``(B, Hq, Sq)``.
     """
-    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
     name, implementation = select(
         "scaled_dot_product_attention", SDPA, backend, query, attn_mask, dropout_p
     )
@@ -106,7 +106,7 @@ def attention_with_weights(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`attention`, returning output and weights ``(B, Hq, Sq, Sk)``: reference only."""
-    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
     only_reference = {"reference": SDPA["reference"]}
     select("attention_with_weights", only_reference, backend, query, attn_mask, dropout_p)
     with autocast_off(query.device.type):
@@ -114,13 +114,3 @@ def attention_with_weights(
             query, key, value, attn_mask, is_causal, scale, dropout_p
         )
     return output, weights
-
-
-def _cast(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
-    if attn_mask is not None and (attn_mask.dtype, query.dtype) == (torch.float32, torch.bfloat16):
-        # Same exponent range: no finite bias becomes -inf. float16 has less, and keeps the mask.
-        attn_mask = attn_mask.to(torch.bfloat16)
-    return query, key, value, attn_mask

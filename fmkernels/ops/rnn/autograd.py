@@ -158,9 +158,9 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step: input ``(B, I)``, h and c ``(B, H)``, weights of one direction.
 
-    Under autocast the step is taken in the widest dtype of its operands instead of a half precision,
-    and returned in the state's own dtype, as torch returns it: a state that is rounded at every call
-    loses what a long recurrence accumulates in it.
+    Under autocast the step is taken in the widest dtype of its operands instead of a half
+    precision, and returned in the state's own dtype, as torch returns it: a state that is rounded
+    at every call loses what a long recurrence accumulates in it.
     """
     device_type = input.device.type
     state_dtype = c.dtype

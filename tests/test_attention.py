@@ -1,0 +1,843 @@
+"""scaled_dot_product_attention and MultiheadAttention against PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fmkernels
+import fmkernels.functional as FF
+import fmkernels.nn as fnn
+from fmkernels import testing
+from fmkernels.ops.attention import reference
+from fmkernels.ops.attention.backends import SDPA
+
+BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), None, 0.0)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native library")
+dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in testing.DTYPES}
+
+# name: batch, query heads, key heads, queries, keys, D, Dv
+PROBLEMS = {
+    "plain": (2, 3, 3, 16, 16, 64, 64),
+    "head5": (2, 2, 2, 9, 11, 5, 5),
+    "head80": (1, 2, 2, 33, 17, 80, 80),
+    "head128": (1, 2, 2, 20, 35, 128, 128),
+    "value_width": (2, 2, 2, 10, 12, 16, 24),
+    "narrow_value": (1, 3, 3, 7, 9, 33, 1),
+    "cross": (2, 2, 2, 5, 70, 32, 32),
+    "more_queries": (1, 2, 2, 70, 5, 32, 32),
+    "two_queries": (3, 4, 4, 2, 40, 64, 64),
+    "gqa": (2, 6, 2, 13, 15, 16, 16),
+    "mqa": (2, 4, 1, 13, 15, 16, 16),
+    "long": (1, 1, 1, 300, 521, 16, 16),
+}
+problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+
+
+def make_arguments(problem, dtype, layout="contiguous", std=1.0):
+    batch, heads, shared, queries, keys, width, value_width = problem
+    return {
+        "query": testing.normal(batch, heads, queries, width, dtype=dtype, layout=layout, std=std),
+        "key": testing.normal(batch, shared, keys, width, dtype=dtype, layout=layout, std=std),
+        "value": testing.normal(batch, shared, keys, value_width, dtype=dtype, layout=layout),
+    }
+
+
+def functions(backend, problem=PROBLEMS["plain"], mask=None, **options):
+    """Attention on these options, by this package and by PyTorch; the mask is not a leaf."""
+    options["enable_gqa"] = problem[1] != problem[2]
+
+    def of(function, **extras):
+        def attend(query, key, value):
+            own = mask
+            if mask is not None and mask.is_floating_point():
+                own = mask.to(query.dtype)
+            return function(query, key, value, own, **options, **extras)
+
+        return attend
+
+    return (
+        of(FF.scaled_dot_product_attention, backend=backend),
+        of(F.scaled_dot_product_attention),
+    )
+
+
+# --- the function
+
+
+@backends
+@dtypes
+@problems
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_forward_and_gradients_match_torch(backend, problem, dtype, is_causal):
+    ours, torchs = functions(backend, problem, is_causal=is_causal)
+    testing.compare(ours, torchs, make_arguments(problem, dtype))
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize(
+    ("sizes", "is_causal"), [((6, 1), False), ((1, 40), False), ((1, 40), True)], ids=str
+)
+def test_one_query_or_one_key(backend, dtype, sizes, is_causal):
+    """A weight of exactly 1 has gradient 0 as the difference of two equal sums of products."""
+    problem = (2, 3, 3, *sizes, 64, 64)
+    ours, torchs = functions(backend, problem, is_causal=is_causal)
+    arguments = make_arguments(problem, dtype)
+    testing.compare(ours, torchs, arguments, grad_layout=None)
+    results, wanted = testing.run(ours, arguments), testing.run(torchs, arguments)
+    exact = testing.run(torchs, {name: t.double() for name, t in arguments.items()})
+    # One term of the difference: |grad . value| * scale * |key|, with 64 incoming ones.
+    term = 64**0.5 * 3 * 64**-0.5 * 3
+    for name in exact:
+        allowed = 2 * testing.max_error(wanted[name], exact[name])
+        allowed += testing.allowed_error(0.0, exact[name], dtype) + 8 * EPS[dtype] * term
+        assert testing.max_error(results[name], exact[name]) <= allowed, name
+
+
+@backends
+@dtypes
+@problems
+def test_forward_without_gradients_matches_torch(backend, problem, dtype):
+    ours, torchs = functions(backend, problem, is_causal=True)
+    testing.compare(ours, torchs, make_arguments(problem, dtype), grad_layout=None)
+
+
+MASK_SHAPES = [
+    (2, 3, 9, 11),
+    (2, 1, 9, 11),
+    (1, 3, 9, 11),
+    (1, 1, 9, 11),
+    (2, 1, 1, 11),
+    (2, 3, 9, 1),
+    (1, 1, 1, 1),
+    (3, 9, 11),
+    (1, 1, 11),
+    (9, 11),
+    (1, 11),
+    (9, 1),
+]
+
+
+@backends
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float", "infinite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
+def test_masks_of_every_shape(backend, shape, kind, dtype):
+    problem = (2, 3, 3, 9, 11, 16, 16)
+    if kind == "bool":
+        mask = torch.rand(shape) > 0.3
+    else:
+        mask = testing.normal(*shape, dtype=dtype)
+        if kind == "infinite":
+            mask[torch.rand(shape) > 0.7] = float("-inf")
+    ours, torchs = functions(backend, problem, mask)
+    testing.compare(ours, torchs, make_arguments(problem, dtype))
+
+
+@backends
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=testing.dtype_name)
+def test_masks_of_any_strides(backend, kind, dtype):
+    values = torch.randn(2, 3, 10, 10)
+    mask = values > -0.5 if dtype is torch.bool else values
+    mask = {
+        "expanded": mask[:1, :1].expand(2, 3, 10, 10),
+        "transposed": mask.transpose(-1, -2),
+        "sliced": torch.cat([mask, mask], dim=-1)[..., ::2],
+    }[kind]
+    problem = (2, 3, 3, 10, 10, 16, 16)
+    ours, torchs = functions(backend, problem, mask)
+    testing.compare(ours, torchs, make_arguments(problem, torch.float32))
+
+
+@backends
+def test_mask_with_shared_heads(backend):
+    problem = PROBLEMS["gqa"]
+    ours, torchs = functions(backend, problem, torch.rand(2, 6, 13, 15) > 0.4)
+    testing.compare(ours, torchs, make_arguments(problem, torch.float32))
+
+
+@backends
+@pytest.mark.parametrize("scale", [0.0, 0.3, 2, -1.0])
+def test_scale(backend, scale):
+    ours, torchs = functions(backend, scale=scale)
+    testing.compare(ours, torchs, make_arguments(PROBLEMS["plain"], torch.float32))
+
+
+@backends
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@dtypes
+def test_rows_that_see_no_key_are_zero_and_pass_no_gradient(backend, kind, dtype):
+    problem = PROBLEMS["plain"]
+    mask = torch.rand(2, 3, 16, 16) > 0.5
+    mask[:, :, [0, 7, 15]] = False
+    mask[1, 2] = False
+    empty = ~mask.any(dim=-1)
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    ours, torchs = functions(backend, problem, mask)
+    arguments = make_arguments(problem, dtype)
+    testing.compare(ours, torchs, arguments)
+    results = testing.run(ours, arguments)
+    assert (results["output"][empty] == 0).all()
+    assert (results["grad_query"][empty] == 0).all()
+    assert (results["grad_key"][1, 2] == 0).all() and (results["grad_value"][1, 2] == 0).all()
+
+
+@backends
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_lse(backend, return_lse):
+    problem = PROBLEMS["gqa"]
+    arguments = make_arguments(problem, torch.float64)
+    mask = torch.rand(13, 15) > 0.4
+    mask[3] = False
+
+    def exact(query, key, value):
+        keys, values = (t.repeat_interleave(3, dim=1) for t in (key, value))
+        scores = query @ keys.transpose(-1, -2) / math.sqrt(16)
+        scores = scores.masked_fill(~mask, -1e30)
+        weights = scores.softmax(-1) * mask.any(-1, keepdim=True)
+        return weights @ values, scores.logsumexp(-1)[:, :, mask.any(-1)]
+
+    def ours(query, key, value):
+        output, lse = FF.scaled_dot_product_attention(
+            query, key, value, mask, enable_gqa=True, return_lse=True, backend=backend
+        )
+        assert (lse[:, :, 3] == float("-inf")).all()
+        return output, lse[:, :, mask.any(-1)]
+
+    kept = slice(None) if return_lse else slice(1)
+    results = testing.run(lambda **t: ours(**t)[kept], arguments)
+    expected = testing.run(lambda **t: exact(**t)[kept], arguments)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name])
+
+
+@backends
+def test_lse_alone_is_differentiable(backend):
+    arguments = make_arguments(PROBLEMS["plain"], torch.float64)
+
+    def ours(query, key, value):
+        return FF.scaled_dot_product_attention(
+            query, key, value, return_lse=True, backend=backend
+        )[1]
+
+    def exact(query, key, value):
+        return (query @ key.transpose(-1, -2) / 8).logsumexp(-1)
+
+    results, expected = testing.run(ours, arguments), testing.run(exact, arguments)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name])
+
+
+@backends
+@dtypes
+def test_lse_dtype(backend, dtype):
+    arguments = make_arguments(PROBLEMS["plain"], dtype)
+    _, lse = FF.scaled_dot_product_attention(**arguments, return_lse=True, backend=backend)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert lse.shape == (2, 3, 16)
+
+
+@backends
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided", "offset"])
+@pytest.mark.parametrize("name", ["plain", "head5", "gqa"])
+def test_inputs_of_any_strides(backend, name, layout):
+    ours, torchs = functions(backend, PROBLEMS[name])
+    testing.compare(ours, torchs, make_arguments(PROBLEMS[name], torch.float32, layout))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
+def test_heads_inside_one_projection(backend, dtype):
+    """Query, key and value as views of (B, S, 3, H, D), as MultiheadAttention passes them."""
+
+    def of(function):
+        def attend(qkv):
+            return function(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
+        return attend
+
+    ours, torchs = functions(backend)
+    arguments = {"qkv": testing.normal(2, 16, 3, 3, 64, dtype=dtype)}
+    testing.compare(of(ours), of(torchs), arguments)
+
+
+@backends
+def test_output_keeps_the_layout_of_the_query(backend):
+    query = testing.normal(2, 16, 3, 8).transpose(1, 2)
+    output = FF.scaled_dot_product_attention(query, query, query, backend=backend)
+    assert output.transpose(1, 2).is_contiguous()
+    query = query.contiguous()
+    assert FF.scaled_dot_product_attention(query, query, query, backend=backend).is_contiguous()
+
+
+@backends
+@pytest.mark.parametrize("grad_layout", testing.GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("name", ["plain", "value_width", "mqa"])
+def test_incoming_gradients_of_any_strides(backend, name, grad_layout):
+    ours, torchs = functions(backend, PROBLEMS[name])
+    arguments = make_arguments(PROBLEMS[name], torch.float32)
+    testing.compare(ours, torchs, arguments, grad_layout=grad_layout)
+
+
+@backends
+@pytest.mark.parametrize("needed", ["query", "key", "value"])
+def test_gradients_of_some_arguments(backend, needed):
+    ours, torchs = functions(backend)
+    arguments = make_arguments(PROBLEMS["plain"], torch.float64)
+    wanted = testing.run(torchs, arguments)[f"grad_{needed}"]
+    leaves = {k: v.clone().requires_grad_(k == needed) for k, v in arguments.items()}
+    ours(**leaves).sum().backward()
+    torch.testing.assert_close(leaves[needed].grad, wanted)
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name != needed)
+
+
+@backends
+@pytest.mark.parametrize("name", ["head5", "gqa", "value_width", "two_queries"])
+@pytest.mark.parametrize("kind", ["full", "causal", "bool", "float"])
+def test_gradcheck(backend, name, kind):
+    batch, heads, shared, *_ = PROBLEMS[name]
+    problem = (1, heads, shared, 3, 4, 3, 2)
+    mask = {"bool": torch.rand(3, 4) > 0.3, "float": testing.normal(3, 4)}.get(kind)
+    ours, _ = functions(backend, problem, mask, is_causal=kind == "causal")
+    leaves = [t.requires_grad_() for t in make_arguments(problem, torch.float64).values()]
+    assert torch.autograd.gradcheck(ours, leaves)
+
+
+@backends
+def test_double_backward_is_refused(backend):
+    ours, _ = functions(backend)
+    arguments = make_arguments(PROBLEMS["plain"], torch.float64)
+    arguments["query"].requires_grad_()
+    output = ours(**arguments).square().sum()
+    (grad,) = torch.autograd.grad(output, arguments["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@backends
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys", "width", "value_width"])
+def test_empty(backend, empty):
+    names = ("batch", "heads", "shared", "queries", "keys", "width", "value_width")
+    sizes = dict(zip(names, (2, 3, 3, 4, 5, 8, 8), strict=True))
+    sizes[empty] = 0
+    if empty == "heads":
+        sizes["shared"] = 0
+    problem = tuple(sizes.values())
+    ours, torchs = functions(backend, problem)
+    testing.compare(ours, torchs, make_arguments(problem, torch.float32))
+
+
+@backends
+@pytest.mark.parametrize("std", [30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=testing.dtype_name)
+def test_extreme_scores(backend, std, dtype):
+    """Scores up to 1e9: one key takes each row, and exp must neither overflow nor give NaN."""
+    ours, torchs = functions(backend)
+    arguments = make_arguments(PROBLEMS["plain"], dtype, std=std)
+    testing.compare(ours, torchs, arguments, grad_layout=None)
+
+
+@backends
+@dtypes
+def test_nan_and_infinity_propagate(backend, dtype):
+    ours, torchs = functions(backend)
+    arguments = make_arguments(PROBLEMS["plain"], dtype)
+    arguments["query"][0, 0, 3, 1] = float("nan")
+    arguments["key"][0, 1, 5, 2] = float("nan")
+    arguments["value"][1, 0, 2, 7] = float("nan")
+    arguments["value"][1, 1, 4, 9] = float("inf")
+    testing.compare(ours, torchs, arguments, grad_layout=None)
+    output = ours(**arguments)
+    assert output[0, 0, 3].isnan().all() and not output[0, 0, :3].isnan().any()
+    assert output[0, 1].isnan().all()
+    assert output[1, 0, :, 7].isnan().all() and not output[1, 0, :, :7].isnan().any()
+    assert (output[1, 1, :, 9] == float("inf")).all()
+
+
+@backends
+def test_same_inputs_same_bits(backend):
+    ours, _ = functions(backend, PROBLEMS["long"], is_causal=True)
+    arguments = make_arguments(PROBLEMS["long"], torch.float32)
+    first, second = (testing.run(ours, arguments) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@backends
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((5, 8), (7, 8), (7, 8)),
+        ((3, 5, 8), (3, 7, 8), (3, 7, 6)),
+        ((2, 3, 5, 8), (3, 7, 8), (1, 7, 8)),
+        ((2, 3, 5, 8), (1, 1, 7, 8), (2, 1, 7, 8)),
+        ((1, 3, 5, 8), (4, 1, 7, 8), (4, 3, 7, 8)),
+        ((2, 2, 3, 5, 8), (2, 2, 3, 7, 8), (2, 2, 3, 7, 8)),
+        ((2, 1, 3, 5, 8), (2, 3, 7, 8), (1, 3, 7, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [None, "scores", "leading"])
+def test_leading_dimensions_broadcast(backend, shapes, masked):
+    arguments = {
+        name: testing.normal(*shape, dtype=torch.float64)
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True)
+    }
+    mask = None
+    if masked is not None:
+        leading = torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
+        mask = torch.rand(*(leading if masked == "leading" else ()), 5, 7) > 0.3
+    ours, torchs = functions(backend, mask=mask)
+    results, expected = testing.run(ours, arguments), testing.run(torchs, arguments)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name])
+
+
+@backends
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((6, 5, 8), (2, 7, 8), (2, 7, 8)),
+        ((2, 6, 5, 8), (1, 2, 7, 8), (2, 3, 7, 8)),
+        ((2, 2, 6, 5, 8), (2, 2, 3, 7, 8), (2, 1, 3, 7, 8)),
+    ],
+    ids=str,
+)
+def test_shared_heads_of_any_rank(backend, shapes):
+    arguments = {
+        name: testing.normal(*shape, dtype=torch.float64)
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True)
+    }
+    ours, torchs = functions(backend, PROBLEMS["gqa"])
+    results, expected = testing.run(ours, arguments), testing.run(torchs, arguments)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name])
+
+
+# --- what the reference alone serves
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_dropout_draws_the_mask_that_torch_draws(return_lse):
+    arguments = make_arguments(PROBLEMS["plain"], torch.float64)
+
+    def ours(query, key, value):
+        result = FF.scaled_dot_product_attention(
+            query, key, value, dropout_p=0.3, return_lse=return_lse
+        )
+        return result[0] if return_lse else result
+
+    def torchs(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.3)
+
+    results = []
+    for function in (ours, torchs):
+        torch.manual_seed(3)
+        results.append(testing.run(function, arguments))
+    torch.testing.assert_close(results[0], results[1])
+    assert fmkernels.last_decisions()[-1].chosen == "reference"
+
+
+@dtypes
+def test_gradient_of_a_mask(dtype):
+    problem = PROBLEMS["cross"]
+    arguments = make_arguments(problem, dtype)
+    arguments["attn_mask"] = testing.normal(1, 2, 5, 70, dtype=dtype)
+    arguments["attn_mask"][0, 0, 2] = float("-inf")
+    testing.compare(FF.scaled_dot_product_attention, F.scaled_dot_product_attention, arguments)
+    assert fmkernels.last_decisions()[-1].chosen == "reference"
+
+
+@native
+def test_native_backend_refuses_what_it_lacks():
+    arguments = make_arguments(PROBLEMS["plain"], torch.float32)
+    mask = torch.zeros(16, 16, requires_grad=True)
+    with pytest.raises(fmkernels.UnsupportedError, match="cpu: has no dropout"):
+        FF.scaled_dot_product_attention(**arguments, dropout_p=0.1, backend="cpu")
+    with pytest.raises(fmkernels.UnsupportedError, match="cpu: has no gradient for attn_mask"):
+        FF.scaled_dot_product_attention(**arguments, attn_mask=mask, backend="cpu")
+    with torch.no_grad():
+        FF.scaled_dot_product_attention(**arguments, attn_mask=mask, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=testing.dtype_name)
+def test_float32_mask_on_half_precision(dtype):
+    arguments = make_arguments(PROBLEMS["plain"], dtype)
+    mask = testing.normal(16, 16) * 3
+    mask[2, 5:] = -1e9
+    output = FF.scaled_dot_product_attention(**arguments, attn_mask=mask)
+    exact = F.scaled_dot_product_attention(
+        *(t.double() for t in arguments.values()), attn_mask=mask.double()
+    )
+    wanted = F.scaled_dot_product_attention(*arguments.values(), attn_mask=mask)
+    assert output.dtype == dtype
+    assert testing.max_error(output, exact) <= 2 * testing.max_error(wanted, exact) + 2**-8
+
+
+# --- the ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
+@pytest.mark.parametrize("name", ["plain", "gqa", "value_width"])
+@pytest.mark.parametrize("layout", ["heads_first", "positions_first", "packed"])
+def test_fakes_agree_with_the_reference(name, layout, dtype):
+    query, key, value = op_arguments(name, layout, dtype)
+    forward = (query, key, value, None, True, 0.5)
+    output, lse = reference.sdpa_forward(*forward)
+    assert_same_metadata(torch.ops.fmkernels.sdpa_forward, forward, (output, lse))
+    for needed in ((True, True, True), (False, True, False)):
+        backward = (output, lse, query, key, value, output, lse, None, True, 0.5, *needed)
+        real = reference.sdpa_backward(*backward)
+        assert_same_metadata(torch.ops.fmkernels.sdpa_backward, backward, real)
+
+
+def op_arguments(name, layout, dtype):
+    tensors = make_arguments(PROBLEMS[name], dtype).values()
+    if layout == "heads_first":
+        return list(tensors)
+    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    if layout == "packed":
+        tensors = [torch.cat([t, t], dim=-1)[..., : t.size(-1)] for t in tensors]
+    return tensors
+
+
+def assert_same_metadata(op, arguments, real):
+    def metadata(values):
+        return [(t.shape, t.stride(), t.dtype) for t in values]
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        assert metadata(op(*fakes)) == metadata(real)
+
+
+@native
+@dtypes
+@pytest.mark.parametrize("name", ["plain", "gqa", "value_width", "two_queries"])
+@pytest.mark.parametrize("layout", ["heads_first", "positions_first", "packed"])
+def test_opcheck(name, layout, dtype):
+    query, key, value = op_arguments(name, layout, dtype)
+    masks = (None, torch.rand(1, 1, query.size(2), key.size(2)) > 0.3)
+    ops = torch.ops.fmkernels
+    for mask in masks:
+        forward = (query, key, value, mask, mask is None, 0.5)
+        torch.library.opcheck(ops.sdpa_forward.default, forward)
+        output, lse = ops.sdpa_forward(*forward)
+        for grad_lse, needed in ((None, (True, True, True)), (lse, (False, True, False))):
+            saved = (output, grad_lse, query, key, value, output, lse, mask, mask is None, 0.5)
+            torch.library.opcheck(ops.sdpa_backward.default, (*saved, *needed))
+
+
+@backends
+@pytest.mark.parametrize("kind", ["full", "causal", "bool", "float"])
+def test_compiled_function_matches(backend, kind):
+    problem = PROBLEMS["gqa"]
+    mask = {"bool": torch.rand(13, 15) > 0.3, "float": testing.normal(13, 15)}.get(kind)
+    ours, _ = functions(backend, problem, mask, is_causal=kind == "causal")
+    arguments = make_arguments(problem, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    eager, traced = testing.run(ours, arguments), testing.run(compiled, arguments)
+    for name in eager:
+        torch.testing.assert_close(traced[name], eager[name])
+
+
+@backends
+def test_autocast(backend):
+    ours, torchs = functions(backend)
+    arguments = make_arguments(PROBLEMS["plain"], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        results, expected = testing.run(ours, arguments), testing.run(torchs, arguments)
+    assert results["output"].dtype == expected["output"].dtype == torch.bfloat16
+    exact = testing.run(torchs, {name: t.double() for name, t in arguments.items()})
+    for name in expected:
+        assert results[name].dtype == expected[name].dtype
+        allowed = 2 * testing.max_error(expected[name], exact[name]) + 2**-8
+        assert testing.max_error(results[name], exact[name]) <= allowed, name
+
+
+# --- MultiheadAttention
+
+LAYERS = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "no_bias": {"bias": False},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True, "batch_first": True},
+    "both_extras": {"add_bias_kv": True, "add_zero_attn": True},
+    "widths": {"kdim": 10, "vdim": 14, "batch_first": True},
+    "widths_no_bias": {"kdim": 10, "vdim": 14, "bias": False, "add_bias_kv": True},
+}
+layers = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+weights_options = pytest.mark.parametrize("need_weights", [False, True], ids=["plain", "weights"])
+
+EMBED, HEADS, BATCH, QUERIES, KEYS = 12, 3, 4, 5, 7
+
+
+def make_layers(options, backend, dtype=torch.float64):
+    theirs = nn.MultiheadAttention(EMBED, HEADS, dtype=dtype, **options)
+    if theirs.in_proj_bias is not None:
+        # torch starts them at zero, where a bias that is not added would go unnoticed.
+        with torch.no_grad():
+            theirs.in_proj_bias.normal_()
+            theirs.out_proj.bias.normal_()
+    return theirs, fnn.MultiheadAttention.from_torch(theirs, backend=backend)
+
+
+def make_inputs(theirs, kind, dtype=torch.float64):
+    def make(length, width):
+        shape = (BATCH, length, width) if theirs.batch_first else (length, BATCH, width)
+        return testing.normal(*shape, dtype=dtype)
+
+    if kind == "self":
+        query = make(KEYS, EMBED)
+        return query, query, query
+    if kind == "memory":
+        memory = make(KEYS, EMBED)
+        return make(QUERIES, EMBED), memory, memory
+    return make(QUERIES, EMBED), make(KEYS, theirs.kdim), make(KEYS, theirs.vdim)
+
+
+def gradients(layer, inputs, **arguments):
+    """Output, weights and all gradients of one call."""
+    leaves = [t.detach().clone().requires_grad_() for t in dict.fromkeys(inputs)]
+    by_id = dict(zip((id(t) for t in dict.fromkeys(inputs)), leaves, strict=True))
+    output, weights = layer(*(by_id[id(t)] for t in inputs), **arguments)
+    loss = output.square().sum()
+    if weights is not None:
+        loss = loss + weights.square().sum()
+    grads = torch.autograd.grad(loss, [*leaves, *layer.parameters()])
+    return output, weights, grads
+
+
+@pytest.mark.parametrize("kind", ["self", "memory", "three"])
+@layers
+@weights_options
+@pytest.mark.parametrize("masks", ["none", "padding", "both", "causal"])
+def test_layer_matches_torch(options, kind, need_weights, masks):
+    if kind != "three" and "kdim" in options:
+        pytest.skip("keys of another width need tensors of their own")
+    theirs, ours = make_layers(options, "auto")
+    inputs = make_inputs(theirs, kind)
+    queries = KEYS if kind == "self" else QUERIES
+    arguments = {"need_weights": need_weights}
+    if masks in ("padding", "both"):
+        padding = torch.rand(BATCH, KEYS) > 0.7
+        padding[:, 0] = False
+        arguments["key_padding_mask"] = padding
+    if masks == "both":
+        attn_mask = torch.rand(BATCH * HEADS, queries, KEYS) > 0.7
+        attn_mask[:, :, 0] = False
+        arguments["attn_mask"] = attn_mask
+    if masks == "causal":
+        arguments["attn_mask"] = torch.ones(queries, KEYS, dtype=torch.bool).triu(1)
+    results, expected = (
+        gradients(ours, inputs, **arguments),
+        gradients(theirs, inputs, **arguments),
+    )
+    torch.testing.assert_close(results, expected)
+
+
+@backends
+@pytest.mark.parametrize("kind", ["self", "memory"])
+@dtypes
+def test_layer_on_every_backend_and_dtype(backend, kind, dtype):
+    theirs, ours = make_layers({"batch_first": True}, backend, dtype)
+    inputs = make_inputs(theirs, kind, dtype)
+    exact_layer = copy.deepcopy(theirs).double()
+    twins = {id(t): t.double() for t in inputs}
+    exact = gradients(exact_layer, [twins[id(t)] for t in inputs], need_weights=False)
+    wanted = gradients(theirs, inputs, need_weights=False)
+    results = gradients(ours, inputs, need_weights=False)
+    testing.assert_within_policy("output", results[0], wanted[0], exact[0])
+    for index, grads in enumerate(zip(results[2], wanted[2], exact[2], strict=True)):
+        # The gradient of the keys' bias is 0: rounding noise of terms of magnitude 1.
+        magnitude = max(1.0, grads[2].abs().max().item())
+        floor = max(4 * EPS[dtype], testing.FLOORS[dtype]) * magnitude
+        allowed = 2 * testing.max_error(grads[1], grads[2]) + floor
+        assert testing.max_error(grads[0], grads[2]) <= allowed, index
+
+
+@weights_options
+@pytest.mark.parametrize("mask_kinds", ["float", "padding_float", "attn_float"])
+def test_layer_with_float_masks(need_weights, mask_kinds):
+    theirs, ours = make_layers({"batch_first": True}, "auto")
+    inputs = make_inputs(theirs, "memory")
+    padding, attn_mask = torch.rand(BATCH, KEYS) > 0.7, torch.rand(QUERIES, KEYS) > 0.7
+    padding[:, 0] = attn_mask[:, 0] = False
+    if mask_kinds in ("float", "padding_float"):
+        padding = testing.normal(BATCH, KEYS, dtype=torch.float64)
+    if mask_kinds in ("float", "attn_float"):
+        attn_mask = testing.normal(QUERIES, KEYS, dtype=torch.float64)
+    arguments = {
+        "key_padding_mask": padding,
+        "attn_mask": attn_mask,
+        "need_weights": need_weights,
+    }
+    results, expected = (
+        gradients(ours, inputs, **arguments),
+        gradients(theirs, inputs, **arguments),
+    )
+    torch.testing.assert_close(results, expected)
+
+
+@weights_options
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_with_the_causal_hint(need_weights, padded):
+    theirs, ours = make_layers({"batch_first": True}, "auto")
+    inputs = make_inputs(theirs, "self")
+    arguments = {
+        "attn_mask": nn.Transformer.generate_square_subsequent_mask(KEYS, dtype=torch.float64),
+        "is_causal": True,
+        "need_weights": need_weights,
+    }
+    if padded:
+        arguments["key_padding_mask"] = torch.zeros(BATCH, KEYS, dtype=torch.float64)
+        arguments["key_padding_mask"][:, -2:] = float("-inf")
+    results, expected = (
+        gradients(ours, inputs, **arguments),
+        gradients(theirs, inputs, **arguments),
+    )
+    torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_layer_without_batch(batch_first, average):
+    theirs, ours = make_layers({"batch_first": batch_first}, "auto")
+    query, memory = (testing.normal(n, EMBED, dtype=torch.float64) for n in (QUERIES, KEYS))
+    padding = torch.tensor([False, False, True, False, True, False, False])
+    arguments = {"key_padding_mask": padding, "average_attn_weights": average}
+    torch.testing.assert_close(
+        ours(query, memory, memory, **arguments), theirs(query, memory, memory, **arguments)
+    )
+
+
+@weights_options
+def test_layer_dropout_draws_the_mask_that_torch_draws(need_weights):
+    theirs, ours = make_layers({"batch_first": True, "dropout": 0.4}, "auto")
+    inputs = make_inputs(theirs, "self")
+    results = []
+    for layer in (ours, theirs):
+        torch.manual_seed(2)
+        results.append(gradients(layer, inputs, need_weights=need_weights))
+    torch.testing.assert_close(results[0], results[1])
+    theirs.eval(), ours.eval()
+    torch.testing.assert_close(
+        gradients(ours, inputs, need_weights=False), gradients(theirs, inputs, need_weights=False)
+    )
+
+
+@weights_options
+def test_layer_with_everything_padded_gives_zeros(need_weights):
+    _, ours = make_layers({"batch_first": True, "bias": False}, "auto")
+    query, *_ = make_inputs(ours, "self")
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[1] = True
+    output, weights = ours(query, query, query, padding, need_weights=need_weights)
+    assert (output[1] == 0).all() and not output.isnan().any()
+    assert weights is None or (weights[1] == 0).all()
+
+
+@backends
+def test_layer_never_runs_torchs_own_path(backend, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("torch's fast path ran")
+
+    monkeypatch.setattr(torch, "_native_multi_head_attention", forbidden)
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", forbidden)
+    theirs, ours = make_layers({"batch_first": True}, backend, torch.float32)
+    query = testing.normal(2, 5, EMBED)
+    block = nn.TransformerEncoderLayer(EMBED, 2, batch_first=True)
+    block.self_attn = fnn.MultiheadAttention(EMBED, 2, batch_first=True, backend=backend)
+    with torch.no_grad():
+        ours.eval()(query, query, query, need_weights=False)
+        block.eval()(query)
+        nn.TransformerEncoder(block, 2, enable_nested_tensor=False).eval()(query)
+
+
+@backends
+def test_layer_residual(backend):
+    _, ours = make_layers({}, backend)
+    query = testing.normal(QUERIES, BATCH, EMBED, dtype=torch.float64)
+    residual = testing.normal(QUERIES, BATCH, EMBED, dtype=torch.float64)
+    plain, _ = ours(query, query, query, need_weights=False)
+    summed, _ = ours(query, query, query, need_weights=False, residual=residual)
+    torch.testing.assert_close(summed, plain + residual)
+
+
+@layers
+def test_layer_is_a_drop_in(options):
+    torch.manual_seed(5)
+    theirs = nn.MultiheadAttention(EMBED, HEADS, **options)
+    torch.manual_seed(5)
+    ours = fnn.MultiheadAttention(EMBED, HEADS, **options)
+    assert isinstance(ours, nn.MultiheadAttention)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(other)
+    for key in other:
+        assert torch.equal(mine[key], other[key]), key
+    ours._reset_parameters()
+    ours.load_state_dict(other)
+    inputs = make_inputs(theirs, "three", torch.float32)
+    torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+    torch.testing.assert_close(copy.deepcopy(ours)(*inputs), theirs(*inputs))
+
+
+@layers
+def test_layer_from_torch_shares_parameters(options):
+    theirs, ours = make_layers(options, None)
+    names = dict(theirs.named_parameters())
+    assert dict(ours.named_parameters()).keys() == names.keys()
+    assert all(value is names[name] for name, value in ours.named_parameters())
+    assert not fnn.MultiheadAttention.from_torch(theirs.eval()).training
+
+
+@backends
+def test_compiled_layer_matches(backend):
+    _, ours = make_layers({"batch_first": True}, backend, torch.float32)
+    query = testing.normal(2, 5, EMBED)
+
+    def attend(query):
+        return ours(query, query, query, need_weights=False)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = testing.run(compiled, {"query": query})
+    expected = testing.run(attend, {"query": query})
+    torch.testing.assert_close(results, expected)
+
+
+@native
+@pytest.mark.parametrize("kind", ["self", "memory", "three"])
+@pytest.mark.parametrize("name", ["plain", "widths"])
+def test_frozen_layer_matches(kind, name):
+    if kind != "three" and name == "widths":
+        pytest.skip("keys of another width need tensors of their own")
+    _, ours = make_layers(LAYERS[name], "cpu", torch.float32)
+    inputs = make_inputs(ours, kind, torch.float32)
+    with torch.no_grad():
+        wanted = ours(*inputs, need_weights=False)[0]
+        ours._pack()
+        torch.testing.assert_close(ours(*inputs, need_weights=False)[0], wanted)
+        weight = ours._packing_sources()[0]
+        weight.mul_(2.0)
+        changed = ours(*inputs, need_weights=False)[0]
+        ours._unpack()
+        torch.testing.assert_close(changed, ours(*inputs, need_weights=False)[0])
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fnn.MultiheadAttention(4, 2, backend="fast")
