@@ -81,7 +81,7 @@ def eager(problem: Problem, layout: str) -> Candidate:
 def ours(problem: Problem, layout: str) -> Candidate:
     """fmkernels: a copy of the module with its layers replaced, frozen for inference."""
     module = with_fmkernels(problem.workload, copy.deepcopy(problem.module))
-    if problem.mode == "inference":
+    if problem.mode == "inference" and problem.workload.substitute is None:
         fmkernels.freeze(module)
     return module_candidate("fmkernels", problem, module, layout)
 
@@ -112,7 +112,7 @@ def module_candidate(
         module = module.to(memory_format=torch.channels_last)
         inputs = tuple(_channels_last(tensor) for tensor in inputs)
         grad_output = _channels_last(grad_output)
-    run = run or module
+    run = module if run is None else run
     if problem.mode == "inference":
         return Candidate(name, layout, lambda: run(*inputs), lambda: _outputs(run(*inputs)))
 
