@@ -23,8 +23,9 @@ def freeze(module: AnyModule) -> AnyModule:
     The parameters stay, and the state_dict does not change. A layer packs again by itself when its
     weight is written in a way that autograd sees: an optimizer step, ``load_state_dict``, an
     in-place operation, ``to``. It cannot see writes through ``param.data``, NumPy or a fused
-    optimizer: call ``freeze`` again after those. With ``FMKERNELS_CHECK_FROZEN=1`` in the
-    environment every call compares, and raises RuntimeError where a weight is stale.
+    optimizer: call ``freeze`` again after those. If ``FMKERNELS_CHECK_FROZEN=1`` is set in the
+    environment when a model is frozen, each call compares, and raises RuntimeError where a weight
+    is stale.
 
     Args:
         module: a layer or any module that contains layers. Its mode does not change. Without any

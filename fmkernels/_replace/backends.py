@@ -38,7 +38,8 @@ def _smallest_inputs(layer: nn.Module) -> tuple[Any, ...]:
         return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return (zeros(1, layer.in_channels, *_smallest_image(layer)),)
+        # Two images, as a batch norm without running statistics refuses a single value.
+        return (zeros(2, layer.in_channels, *_smallest_image(layer)),)
     if isinstance(layer, nn.Linear):
         return (zeros(1, layer.in_features),)
     if isinstance(layer, nn.RNNBase):

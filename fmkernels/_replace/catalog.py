@@ -103,6 +103,8 @@ def why_kept(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)
         return f"its {names} is computed by a parametrization"
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return "its MultiheadAttention reads its parameters and never calls it"
     base = base_of(module)
     if counterpart_of(base) is None:
         return f"fmkernels has no {base.__name__} layer"

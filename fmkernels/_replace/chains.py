@@ -58,7 +58,7 @@ def plan(model: nn.Module, heads: dict[str, nn.Module]) -> Fusion:
     """
     fusion = Fusion()
     # Places, not paths: what is inside a module that sits in two places has two paths.
-    places = Counter(id(child) for m in model.modules() for child in m.children())
+    places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     paths = {id(m): path for path, m in model.named_modules()}
     scopes = [
         (path, m)
@@ -108,7 +108,8 @@ def _chains_of_sequential(
 ) -> list[Chain]:
     chains: list[Chain] = []
     current: Chain | None = None
-    for name, module in sequential.named_children():
+    # Not named_children, which leaves out the second place of a module.
+    for name, module in sequential._modules.items():
         child = _join(path, name)
         step = steps.step_of_module(module) if usable(child, module) else None
         extended = None if current is None or step is None else _extended(current, step, heads)

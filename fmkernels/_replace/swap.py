@@ -169,8 +169,10 @@ class _Plan:
                 return
         if catalog.is_ours(module):
             return
-        for name, child in module.named_children():
-            self._collect(f"{path}.{name}" if path else name, child, found)
+        # Not named_children, which leaves out the second place of a module.
+        for name, child in module._modules.items():
+            if child is not None:
+                self._collect(f"{path}.{name}" if path else name, child, found)
 
     def _add(self, model: nn.Module, path: str, module: nn.Module) -> None:
         kind = type(module).__name__
