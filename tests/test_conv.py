@@ -536,6 +536,7 @@ def test_conv_block(norm, pool, activation, layout, backend):
         5, 8, 3, **options, norm=norm, activation=activation, pool=pool, backend=backend
     )
     if norm:
+        block.norm.eps = 0.1
         nn.init.normal_(block.norm.weight)
         nn.init.normal_(block.norm.bias)
     conv, bn = copy.deepcopy(block.conv), copy.deepcopy(block.norm)
@@ -569,6 +570,10 @@ def test_conv_block(norm, pool, activation, layout, backend):
         torch.testing.assert_close(unfrozen, parts(input), rtol=1e-5, atol=1e-5)
         block._pack()
         assert torch.equal(block(input), unfrozen)
+        if norm:  # a frozen block notices new statistics
+            for layer in (block.norm, bn):
+                layer.running_mean.add_(1)
+            torch.testing.assert_close(block(input), parts(input), rtol=1e-5, atol=1e-5)
 
 
 def test_conv_block_trains_its_norm_in_eval_mode(backend):
