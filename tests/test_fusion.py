@@ -15,6 +15,7 @@ from fmkernels import nn as fnn
 from fmkernels._replace import steps
 from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d
 from fmkernels.ops import _activations
+from fmkernels.testing import assert_within_policy
 
 
 def fused(report):
@@ -565,15 +566,29 @@ class TestTraced:
         inputs = inputs.double()
         assert_same(outcome(model.double(), inputs), outcome(trained.double(), inputs))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision(self, dtype):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        model(images(batch=8) * 2 + 1)
+        model = model.to(dtype).eval()
+        inputs = images().to(dtype)
+        theirs = model(inputs)
+        oracle = copy.deepcopy(model).double()(inputs.double())
+        fmkernels.replace(model)
+        assert_within_policy("output", model(inputs), theirs, oracle)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_compile(self, training):
-        for model, size in ((ResNet(), 12), (Calling(nn.Linear(14, 3), torch.tanh), 14)):
-            fmkernels.replace(model.train(training))
-            inputs = images(size)
-            expected = outcome(copy.deepcopy(model), inputs)
+        torch.compiler.reset()
+        for model, inputs in (
+            (ResidualBlock(3, 3), images(6)),
+            (Calling(nn.Linear(3, 2), torch.tanh), torch.ones(2, 3)),
+        ):
+            report = fmkernels.replace(model.train(training))
+            assert fused(report)
+            expected = copy.deepcopy(model)(inputs)
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            output = compiled(inputs)
-            torch.testing.assert_close(output, expected["output"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled(inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 class Base(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ class TestLayers:
         assert set(statuses(report).values()) == {"replaced"}
         torch.testing.assert_close(model.layer(*inputs), expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_transformer_with_a_padding_mask(self):
         layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
         model = nn.TransformerEncoder(layer, 2).eval()
@@ -344,7 +346,7 @@ class TestHooks:
             model[0].register_forward_hook(lambda m, args, out: seen.append(type(m)) or out * 2),
             model[0].register_full_backward_hook(lambda m, gi, go: seen.append("backward")),
         ]
-        inputs = torch.randn(2, 3)
+        inputs = torch.randn(2, 3, requires_grad=True)
         expected = model(inputs)
         seen.clear()
         report = fmkernels.replace(model)
@@ -465,6 +467,22 @@ class TestReport:
         for name, value in model.state_dict().items():
             assert torch.equal(value, state[name]), name
         assert not any(m._forward_hooks for m in model.modules())
+
+    def test_random_models_draw_the_same_numbers_both_times(self):
+        class Noisy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(3, 3)
+
+            def forward(self, x):
+                return self.linear(x + torch.randn_like(x)) * random.random()
+
+        model = Noisy()
+        states = torch.get_rng_state(), random.getstate()
+        report = fmkernels.replace(model, example_inputs=torch.ones(2, 3))
+        assert report.error < 1e-6
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
 
     def test_model_that_fails_on_the_inputs_is_untouched(self, basic):
         model, _ = basic

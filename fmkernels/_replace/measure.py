@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fmkernels._replace.steps import Step
+from fmkernels._replace.trace import random_states_restored
 
 Outputs = dict[str, list[list[Tensor]]]
 
@@ -36,7 +37,12 @@ def run(model: nn.Module, example_inputs: Any, paths: list[str]) -> tuple[list[T
     handles = [model.get_submodule(path).register_forward_hook(capture(path)) for path in paths]
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices), in_evaluation(model), torch.no_grad():
+        with (
+            random_states_restored(),
+            torch.random.fork_rng(devices),
+            in_evaluation(model),
+            torch.no_grad(),
+        ):
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -75,7 +75,7 @@ def trace(module: nn.Module, training: bool, defaults: bool = False) -> Trace:
     }
     tracer = _Tracer(module)
     with (
-        _random_states_restored() as moved,
+        random_states_restored() as moved,
         _restored(module) as written,
         _recorded_reads(module) as reads,
     ):
@@ -196,7 +196,7 @@ def _modes() -> tuple:
 
 
 @contextmanager
-def _random_states_restored() -> Iterator[list[str]]:
+def random_states_restored() -> Iterator[list[str]]:
     """Puts Python's, NumPy's and torch's generators back; yields whose moved, filled on exit."""
     python, torch_state = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
