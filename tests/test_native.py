@@ -21,11 +21,14 @@ needs_native = pytest.mark.skipif(
 
 
 def run_python(code: str, **environ: str | None) -> subprocess.CompletedProcess:
-    """`python -c code` in a process of its own; an environment variable of None is removed."""
+    """`python -c code` in a process of its own; an environment variable of None is removed.
+
+    Not in the current folder: `-c` looks there first, and would find a checkout's sources.
+    """
     merged = {**os.environ, **environ}
     variables = {key: text for key, text in merged.items() if text is not None}
     return subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True
+        [sys.executable, "-c", code], env=variables, cwd="/", capture_output=True, text=True
     )
 
 
