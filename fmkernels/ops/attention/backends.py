@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
-from fmkernels.ops._native_support import native_cpu_support
+from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops.attention import reference, schema  # noqa: F401 - schema defines the ops
+
+_NATIVE = native_ops_support("sdpa_forward", "sdpa_backward")
 
 
 def needs_weights_in_memory(attn_mask: Tensor | None, dropout_p: float) -> str | None:
@@ -20,7 +22,7 @@ def needs_weights_in_memory(attn_mask: Tensor | None, dropout_p: float) -> str |
 
 
 def _cpu_supports(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Support:
-    support = native_cpu_support(query)
+    support = native_cpu_support(query, _NATIVE)
     if not support.ok:
         return support
     reason = needs_weights_in_memory(attn_mask, dropout_p)
