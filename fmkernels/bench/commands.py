@@ -157,13 +157,13 @@ def bench(
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 6,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train a CNN and an LSTM on real digits, with torch.nn and with replaced layers, and compare.
 
-    Exits with 1 if the loss curves part by more than the stated bound.
+    Exits with 1 if the loss curves part by more than the stated bounds.
     """
     if threads is not None:
         torch.set_num_threads(threads)

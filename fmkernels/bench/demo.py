@@ -21,10 +21,13 @@ from torch import Tensor, nn
 import fmkernels
 from fmkernels import _dispatch, models
 
-# The largest difference between the two losses of any step. Rounding differences grow as training
-# goes on; over the demo's few hundred steps they stay two orders of magnitude below this, while a
-# wrong gradient exceeds it within an epoch.
-LOSS_BOUND = 1e-2
+# Training amplifies rounding: a ReLU or a pooling window that decides the other way by one rounding
+# puts two runs on different paths, a few steps later. So the losses are compared twice. In the first
+# steps rounding alone leaves them within 1e-5 of each other, a wrong gradient does not; after that,
+# two runs whose weights start one rounding apart stay within 0.02.
+EARLY_STEPS = 10
+EARLY_BOUND = 5e-4
+CURVE_BOUND = 0.1
 TEST_DIGITS = 297
 BATCH = 50
 
@@ -51,21 +54,36 @@ class Outcome:
     torch_seconds: float
     our_seconds: float
     backend: str
-    bound: float = LOSS_BOUND
+
+    @property
+    def early_difference(self) -> float:
+        """Largest difference between the losses of the first steps."""
+        return self._difference(EARLY_STEPS)
 
     @property
     def max_difference(self) -> float:
-        pairs = zip(self.torch_losses, self.our_losses, strict=True)
-        differences = [abs(theirs - ours) for theirs, ours in pairs]
-        # max() would pass over a NaN.
-        return max(d if math.isfinite(d) else math.inf for d in differences)
+        """Largest difference between the losses of any step."""
+        return self._difference(len(self.our_losses))
 
     @property
     def agree(self) -> bool:
-        return self.max_difference <= self.bound
+        return self.early_difference <= EARLY_BOUND and self.max_difference <= CURVE_BOUND
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "max_difference": self.max_difference, "agree": self.agree}
+        return {
+            **asdict(self),
+            "early_difference": self.early_difference,
+            "early_bound": EARLY_BOUND,
+            "max_difference": self.max_difference,
+            "bound": CURVE_BOUND,
+            "agree": self.agree,
+        }
+
+    def _difference(self, steps: int) -> float:
+        pairs = zip(self.torch_losses[:steps], self.our_losses[:steps], strict=True)
+        differences = [abs(theirs - ours) for theirs, ours in pairs]
+        # max() would pass over a NaN.
+        return max(d if math.isfinite(d) else math.inf for d in differences)
 
 
 def run(epochs: int, seed: int = 0) -> list[Outcome]:
@@ -86,14 +104,15 @@ def run(epochs: int, seed: int = 0) -> list[Outcome]:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1797 digits, shuffled: ``(N, 8, 8)`` floats in [0, 1] and ``(N)`` classes."""
+    """scikit-learn's 1797 digits, shuffled: ``(N, 8, 8)``, mean 0 and variance 1; classes."""
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError as error:
         raise ImportError("the demo needs scikit-learn, which brings the digits") from error
     digits = bundled()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(digits.images, dtype=torch.float32) / 16
+    images = torch.tensor(digits.images, dtype=torch.float32)
+    images = (images - images.mean()) / images.std()
     return images[order], torch.tensor(digits.target)[order]
 
 
@@ -135,7 +154,7 @@ def replaced_copy(model: nn.Module) -> nn.Module:
 class _Trainee:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.train()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -184,8 +203,9 @@ def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
         console.print(table)
         verdict = "agree" if outcome.agree else "DISAGREE"
         console.print(
-            f"The loss curves {verdict}: largest difference over {len(outcome.our_losses)} steps "
-            f"{outcome.max_difference:.1e}, allowed {outcome.bound:.0e}",
+            f"The loss curves {verdict}: largest difference in the first {EARLY_STEPS} steps "
+            f"{outcome.early_difference:.1e} (allowed {EARLY_BOUND:.0e}), in all "
+            f"{len(outcome.our_losses)} {outcome.max_difference:.1e} (allowed {CURVE_BOUND:.0e})",
             style="green" if outcome.agree else "bold red",
         )
 

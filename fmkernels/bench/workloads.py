@@ -276,7 +276,11 @@ WORKLOADS: tuple[Workload, ...] = (
     cnn("CNN (32-64-64-64-10) batch 32", build=partial(_cnn, "small", 32)),
     cnn("CNN (32-64-64-64-10) batch 1", build=partial(_cnn, "small", 1), modes=("inference",)),
     model("RNN (128-64-64-10) T100 batch 32", build=partial(_rnn, 32, 100), quick=True),
-    model("Transformer (2 layers of 8x64) S128 batch 8", build=partial(_transformer, 8, 128), quick=True),
+    model(
+        "Transformer (2 layers of 8x64) S128 batch 8",
+        build=partial(_transformer, 8, 128),
+        quick=True,
+    ),
 )
 
 
