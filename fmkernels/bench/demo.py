@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import fmkernels
 from fmkernels import _dispatch, models
 
-# Training amplifies rounding: a ReLU or a pooling window that decides the other way by one rounding
-# puts two runs on different paths, a few steps later. So the losses are compared twice. In the first
-# steps rounding alone leaves them within 1e-5 of each other, a wrong gradient does not; after that,
-# two runs whose weights start one rounding apart stay within 0.02.
+# Training amplifies rounding: a ReLU or a pooling window that decides the other way by one bit puts
+# two runs on different paths a few steps later. So the losses are compared twice. In the first steps
+# rounding alone leaves them within 1e-5 of each other, and a wrong gradient does not; after that, two
+# runs whose weights start one rounding apart stay within 0.02.
 EARLY_STEPS = 10
 EARLY_BOUND = 5e-4
 CURVE_BOUND = 0.1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fmkernels import functional
 from fmkernels.ops import _activations
+from fmkernels.testing import torch_activation
 
 Named = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -94,7 +95,7 @@ def _torch_conv(inputs: Named, *, geometry: dict[str, Any], activation, pool) ->
         y = y * inputs["scale"][:, None, None] + inputs["shift"][:, None, None]
     if "residual" in inputs:
         y = y + inputs["residual"]
-    y = _activations.apply(activation, y)
+    y = torch_activation(activation, y)
     return F.max_pool2d(y, *pool[1:]) if pool else y
 
 
@@ -248,7 +249,7 @@ def _linear(name: str, rows: tuple[int, ...], features: int, out: int, **options
 
     def theirs(x: Named) -> Tensor:
         y = F.linear(x["input"], x["weight"], x.get("bias"))
-        return _activations.apply(activation, y + x["residual"] if residual else y)
+        return torch_activation(activation, y + x["residual"] if residual else y)
 
     return Case("linear", "linear", name, make, ours, theirs)
 
