@@ -31,21 +31,18 @@
 //
 // and callers compiled for the baseline (csrc/torch, csrc/lab), which choose at run time:
 //
-//   fmk::conv_kernels().forward(...)                    // the active ISA
-//   fmk::conv_kernels(fmk::Isa::kAvx2).forward(...)     // a given one, for tests; throws if it
-//   cannot run here
+//   fmk::conv_kernels().forward(...)                                // the active ISA
+//   fmk::conv_kernels(fmk::runnable_isa("avx2")).forward(...)       // a given one, for tests
 //
 // Code in a per-ISA source must live in namespace fmk::FMK_ISA. An inline function or a template of
 // any other namespace (std:: containers and streams too) that is not inlined becomes one weak
 // symbol shared by all ISAs, and the linker may keep the AVX-512 copy for everybody:
-// tests/test_binary.py disassembles the libraries and fails on that. Functions that headers in
-// csrc/core offer to kernels are therefore FMK_ALWAYS_INLINE.
+// tests/test_binary.py disassembles the libraries and fails on that. Functions that shared headers
+// offer to kernels are therefore always_inline, or static.
 #pragma once
 
 #include <string>
 #include <vector>
-
-#define FMK_ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace fmk {
 
