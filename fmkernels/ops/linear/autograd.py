@@ -19,7 +19,7 @@ class _Linear(torch.autograd.Function):
         )
         # Without an activation nothing but the operands is read again; keeping `output` alive
         # would cost memory. `saved` is empty then, and stands in for it.
-        kept_output = output if activation is not None else saved
+        kept_output = output if activation == "relu" else saved  # only relu reads it
         ctx.save_for_backward(input, weight, kept_output, saved)
         ctx.set_materialize_grads(False)
         ctx.activation = activation
