@@ -1,5 +1,5 @@
-"""The GEMM micro-kernel, tile by tile: integer operands make every result exact, so the tolerance is
-zero. Every ISA that this processor runs is tested in the one process."""
+"""The GEMM micro-kernel, tile by tile: integer operands make every result exact, so the
+tolerance is zero. Every ISA that this processor runs is tested in the one process."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_operand_orders_and_cut_reductions(dtype, isa, a_reduction_major, b_tran
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows(dtype, isa):
-    """Leading dimensions larger than the rows: what lies between them is NaN and must not be read."""
+    """Leading dimensions larger than the rows: what lies between them is NaN and not read."""
     torch_dtype = DTYPES[dtype]
     m, n, k = 17, 33, 21
     a = torch.full((m, k + 5), float("nan"), dtype=torch_dtype)
@@ -111,7 +111,7 @@ def test_strided_rows(dtype, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_rounding_to_storage(isa):
-    """Sums that are not representable in 16 bits round to nearest even, as torch's conversion does."""
+    """Sums that 16 bits cannot hold round to nearest even, as torch's conversion does."""
     generator = torch.Generator().manual_seed(0)
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
         a = torch.randint(-60, 61, (40, 12), generator=generator).to(torch_dtype)

@@ -322,9 +322,10 @@ def test_packing_in_inference_mode_outlives_it(backend):
     assert layer.weight.grad is not None
 
 
-def test_inplace_operation_on_the_output():
+def test_inplace_operation_on_the_output(backend):
     """As in torch, an activation that keeps its input leaves its output free to be overwritten."""
     model = torch.nn.Sequential(
-        fnn.Linear(6, 5, activation="hardswish"), torch.nn.Dropout(0.5, inplace=True)
+        fnn.Linear(6, 5, activation="hardswish", backend=backend),
+        torch.nn.Dropout(0.5, inplace=True),
     )
     model(torch.randn(3, 6, requires_grad=True)).sum().backward()

@@ -33,8 +33,10 @@ def scan(low: float, high: float) -> torch.Tensor:
     """Evenly spaced points, and as many spaced evenly in the exponent on either side of zero."""
     even = torch.linspace(low, high, POINTS, dtype=torch.float64)
     tiny = torch.exp2(torch.linspace(-126, 0, POINTS // 4, dtype=torch.float64))
-    return torch.cat([even, (tiny * abs(low)), -(tiny * abs(low)), tiny * abs(high)]).float().clamp(
-        min(low, high), max(low, high)
+    return (
+        torch.cat([even, (tiny * abs(low)), -(tiny * abs(low)), tiny * abs(high)])
+        .float()
+        .clamp(min(low, high), max(low, high))
     )
 
 
@@ -89,7 +91,9 @@ def test_exp_underflows_gradually(isa):
 def apply(name: str | None, derivative: bool, x: torch.Tensor, isa: str) -> torch.Tensor:
     y = torch.full_like(x, float("nan"))
     dtype = "f64" if x.dtype == torch.float64 else "f32"
-    lab.activation(ORDER.index(name), derivative, dtype, x.data_ptr(), y.data_ptr(), x.numel(), isa)
+    lab.activation(
+        ORDER.index(name), derivative, dtype, x.data_ptr(), y.data_ptr(), x.numel(), isa
+    )
     return y
 
 
@@ -98,7 +102,9 @@ def apply(name: str | None, derivative: bool, x: torch.Tensor, isa: str) -> torc
 @pytest.mark.parametrize("name", ORDER)
 def test_activations_and_their_derivatives(isa, dtype, name):
     """Against torch's own activations in float64."""
-    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([0.0, -3.0, 3.0, 6.0])]).to(dtype)
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([0.0, -3.0, 3.0, 6.0])]).to(
+        dtype
+    )
     exact = _activations.apply(name, x.double())
     gradient = _activations.apply_backward(name, torch.ones_like(exact), x.double(), exact)
     # The absolute part covers the cancellation in the tails of gelu: 4e-7 |x|.
