@@ -26,52 +26,91 @@ struct TileOperands {
   int64_t lda = 0;
   int64_t batch = 1;
   int64_t words = 0;           // reduction length of one batch element
-  const Word* b = nullptr;     // the panel: [batch][words][NV * W]
+  const Word* b = nullptr;     // the panel: [batch][words][NV * W], or with rows ldb words apart
+  int64_t ldb = 0;             // 0: NV * W, a dense panel
   const Elem* init = nullptr;  // [MR][ld_init] start values; null: zero
   int64_t ld_init = 0;
 };
+
+// A fused multiply-add takes several cycles, so a tile of few accumulators would wait for itself:
+// such tiles keep kPartialSums sets of accumulators, one for every kPartialSums-th word, added up
+// at the end.
+#if defined(__AVX512F__)
+constexpr int kWantedChains = 16;
+#else
+constexpr int kWantedChains = 8;
+#endif
+template <int MR, int NV>
+constexpr int kPartialSums =
+    MR * NV >= kWantedChains ? 1 : (MR * NV * 4 >= kWantedChains ? kWantedChains / (MR * NV) : 4);
+
+// acc += A B over `words` words of MR rows; the accumulators of a tile, in kPartialSums sets.
+template <class Mac, int MR, int NV, int kSums>
+FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
+                                const typename Mac::Word* const* rows, int64_t words,
+                                const typename Mac::Word* b, int64_t ldb) {
+  using V = typename Mac::V;
+  const typename Mac::Word* row[MR];
+  FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i];
+  const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
+    V panel[NV];
+    FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
+    FMK_UNROLL for (int i = 0; i < MR; ++i) {
+      const V x = Mac::splat_word(row[i] + k);
+      FMK_UNROLL for (int j = 0; j < NV; ++j) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
+    }
+    b += ldb;
+  };
+  int64_t k = 0;
+  if constexpr (kSums > 1) {
+    for (; k + kSums <= words; k += kSums)
+      FMK_UNROLL for (int s = 0; s < kSums; ++s) step(acc[s], k + s);
+  }
+  for (; k < words; ++k) step(acc[0], k);
+}
+
+template <class V, int kSums, int MR, int NV>
+FMK_INLINE void start_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init) {
+  FMK_UNROLL for (int s = 0; s < kSums; ++s) FMK_UNROLL for (int i = 0; i < MR; ++i)
+      FMK_UNROLL for (int j = 0; j < NV; ++j) acc[s][i][j] = zero<V>();
+  if (init) {
+    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] =
+        load(init + i * ld_init + j * V::W);
+  }
+}
+template <class V, int kSums, int MR, int NV>
+FMK_INLINE void add_sums(V (&acc)[kSums][MR][NV]) {
+  FMK_UNROLL for (int s = 1; s < kSums; ++s) FMK_UNROLL for (int i = 0; i < MR; ++i)
+      FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] = acc[0][i][j] + acc[s][i][j];
+}
 
 template <class Mac, int MR, int NV, bool kReductionMajor, class Finish>
 FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   using V = typename Mac::V;
   using Word = typename Mac::Word;
-  V acc[MR][NV];
-  if (in.init) {
-    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-        load(in.init + i * in.ld_init + j * V::W);
-  } else {
-    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-        zero<V>();
-  }
+  constexpr int kSums = kReductionMajor ? 1 : kPartialSums<MR, NV>;
+  V acc[kSums][MR][NV];
+  start_sums(acc, in.init, in.ld_init);
   const Word* b = in.b;
-  const int64_t words = in.words;
+  const int64_t words = in.words, ldb = in.ldb ? in.ldb : NV * V::W;
   if constexpr (kReductionMajor) {
     const Word* a = in.a;
     const int64_t lda = in.lda;
-    for (int64_t k = 0; k < words; ++k, b += NV * V::W, a += lda) {
+    for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
       V panel[NV];
       FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
       FMK_UNROLL for (int i = 0; i < MR; ++i) {
         const V x = Mac::splat_word(a + i);
-        FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = Mac::mac(acc[i][j], x, panel[j]);
+        FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
       }
     }
   } else {
     const Word* const* rows = in.rows;
-    for (int64_t element = 0; element < in.batch; ++element, rows += MR) {
-      const Word* row[MR];
-      FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i];
-      for (int64_t k = 0; k < words; ++k, b += NV * V::W) {
-        V panel[NV];
-        FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
-        FMK_UNROLL for (int i = 0; i < MR; ++i) {
-          const V x = Mac::splat_word(row[i] + k);
-          FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = Mac::mac(acc[i][j], x, panel[j]);
-        }
-      }
-    }
+    for (int64_t element = 0; element < in.batch; ++element, rows += MR, b += words * ldb)
+      accumulate_rows<Mac>(acc, rows, words, b, ldb);
+    add_sums(acc);
   }
-  finish.template run<MR, NV>(acc);
+  finish.template run<MR, NV>(acc[0]);
 }
 
 constexpr int kMaxTileRows = 14;

@@ -173,10 +173,11 @@ FMK_INLINE void transpose_16x16(const float* src, int64_t ld, float* dst, int64_
 #endif
 
 // dst[kw][width] from src[n][k] (rows `ld` apart, one per column of the panel): the transposing
-// pack of a weight matrix.
+// pack of a weight matrix. Rows of dst are ld_dst words apart: more than `width` where several
+// matrices share a panel.
 template <class T>
-FMK_NOINLINE void pack_columns_as_panel(const T* src, int64_t ld, int64_t k, int64_t columns,
-                                        int64_t width, Word<T>* dst) {
+FMK_NOINLINE void pack_columns_into_panel(const T* src, int64_t ld, int64_t k, int64_t columns,
+                                          int64_t width, Word<T>* dst, int64_t ld_dst) {
   constexpr int kPair = Mac<T>::kPair;
   const int64_t words = words_of<T>(k);
   int64_t done_columns = 0;
@@ -191,12 +192,12 @@ FMK_NOINLINE void pack_columns_as_panel(const T* src, int64_t ld, int64_t k, int
       if (ld % kPair == 0) {
         for (; word + 16 <= whole_words; word += 16)
           transpose_16x16(reinterpret_cast<const float*>(block + word * kPair), ld / kPair,
-                          reinterpret_cast<float*>(dst + word * width + done_columns), width);
+                          reinterpret_cast<float*>(dst + word * ld_dst + done_columns), ld_dst);
       }
       for (; word < words; ++word)
         for (int column = 0; column < 16; ++column) {
           const T* p = block + column * ld + word * kPair;
-          Word<T>& to = dst[word * width + done_columns + column];
+          Word<T>& to = dst[word * ld_dst + done_columns + column];
           if constexpr (kPair == 2)
             to = {p[0], word < whole_words ? p[1] : T{}};
           else
@@ -214,13 +215,19 @@ FMK_NOINLINE void pack_columns_as_panel(const T* src, int64_t ld, int64_t k, int
       for (int64_t word = first; word < last; ++word) {
         const int64_t i = word * kPair;
         if (column >= columns)
-          make_word(dst + word * width + column, 0, 0);
+          make_word(dst + word * ld_dst + column, 0, 0);
         else
-          make_word(dst + word * width + column, widen(p[i]),
+          make_word(dst + word * ld_dst + column, widen(p[i]),
                     kPair == 2 && i + 1 < k ? widen(p[i + 1]) : 0);
       }
     }
   }
+}
+
+template <class T>
+FMK_INLINE void pack_columns_as_panel(const T* src, int64_t ld, int64_t k, int64_t columns,
+                                      int64_t width, Word<T>* dst) {
+  pack_columns_into_panel(src, ld, k, columns, width, dst, width);
 }
 
 // Rows of A as words: dst[row][words_of(k)] from src[row][k], for types or lengths that cannot be

@@ -4,6 +4,7 @@
 // every instruction set:
 //   exp      2 ulp     (gradual underflow; overflow to infinity; NaN stays)
 //   exp2_nonpositive   3 ulp
+//   expm1    3 ulp
 //   tanh     3 ulp     (exact sign, +-1 from |x| > 9.02)
 //   sigmoid  4 ulp     for x > -87; below, absolute error < 2e-38
 //   erf      3 ulp
@@ -48,6 +49,26 @@ FMK_INLINE VecF exp(VecF x) {
 }
 FMK_INLINE VecD exp(VecD x) {
   return by_lane(x, [](double v) { return std::exp(v); });
+}
+
+// e^x - 1 = 2^n (e^r - 1) + (2^n - 1), n and r as in exp: no cancellation, for n is 0 where the
+// result is small. sigmoid(a) tanh(b) and tanh(b) come out of it with a single division, see
+// rnn_forward.cpp.
+FMK_INLINE VecF expm1(VecF x) {
+  x = min(splat(89.0f), max(splat(-104.5f), x));
+  const VecF n = round(x * splat(0x1.715476p+0f));
+  VecF r = fnma(n, splat(0x1.62e400p-1f), x);
+  r = fnma(n, splat(0x1.7f7d1cp-20f), r);
+  VecF q = splat(0x1.6a2430p-10f);
+  q = fma(q, r, splat(0x1.1239e4p-7f));
+  q = fma(q, r, splat(0x1.5558f2p-5f));
+  q = fma(q, r, splat(0x1.555492p-3f));
+  q = fma(q, r, splat(0x1.fffffcp-2f));
+  const VecF power = scale2(splat(1.0f), n);
+  return fma(fma(q * r, r, r), power, power - splat(1.0f));
+}
+FMK_INLINE VecD expm1(VecD x) {
+  return by_lane(x, [](double v) { return std::expm1(v); });
 }
 
 // 2^x for x <= 0, for softmax: 1 + f p(f), p of degree 4, relative error 9e-8 before rounding.
