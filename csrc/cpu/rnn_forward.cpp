@@ -139,14 +139,22 @@ struct CellStep {
   int64_t hidden_size;  // of the saved rows: 4 * hidden_size gates, hidden_size cells
 };
 
-// sigmoid(a) tanh(b) = (1 - e) / ((1 + e^-a) (1 + e)), e = e^-2b. Where b is cut, tanh has rounded
-// to -1; where e^-a overflows, the quotient is 0 as it should be.
+// sigmoid(a) tanh(b) = (1 - e) / ((1 + e^-a) (1 + e)), e = e^-2b: one division for both. Where b is
+// cut, tanh has rounded to -1; where e^-a overflows, the quotient is 0 as it should be.
 template <class V>
-FMK_INLINE V sigmoid_times_tanh(V a, V b) {
-  const V e = expm1(max(splat_as<V>(-20), b) * splat_as<V>(-2));  // e^-2b - 1
-  const V both = (splat_as<V>(1) + exp(zero<V>() - a)) * (splat_as<V>(2) + e);
-  return (zero<V>() - e) / both;
-}
+struct SigmoidTimesTanh {
+  V a_term, b_term;  // 1 + e^-a, e^-2b - 1
+
+  FMK_INLINE SigmoidTimesTanh of(V a, V b) {
+    return {splat_as<V>(1) + exp(zero<V>() - a), expm1(max(splat_as<V>(-20), b) * splat_as<V>(-2))};
+  }
+  FMK_LAMBDA V product() const {
+    return (zero<V>() - b_term) / (a_term * (splat_as<V>(2) + b_term));
+  }
+  FMK_LAMBDA V sigmoid_a() const { return splat_as<V>(1) / a_term; }
+  FMK_LAMBDA V tanh_b() const { return (zero<V>() - b_term) / (splat_as<V>(2) + b_term); }
+};
+
 template <class T, bool kSave>
 FMK_NOINLINE void finish_cells(CellStep<T> s, int rows) {
   using V = Vec<T>;
@@ -155,21 +163,18 @@ FMK_NOINLINE void finish_cells(CellStep<T> s, int rows) {
     const V i = load(s.gates), f = load(s.gates + W), g = load(s.gates + 2 * W),
             o = load(s.gates + 3 * W);
     const V keep = sigmoid(f);
-    V c, h;
+    const auto enter = SigmoidTimesTanh<V>::of(i, g);
+    const V c = fma(keep, load(s.c), enter.product());
+    const auto leave = SigmoidTimesTanh<V>::of(o, c);
+    V h = leave.product();
     if constexpr (kSave) {
-      const V enter = sigmoid(i), candidate = tanh_by_expm1(g), leave = sigmoid(o);
-      c = fma(keep, load(s.c), enter * candidate);
-      h = leave * tanh_by_expm1(c);
-      store_lanes(s.saved_gates, enter, s.lanes);
+      store_lanes(s.saved_gates, enter.sigmoid_a(), s.lanes);
       store_lanes(s.saved_gates + s.hidden_size, keep, s.lanes);
-      store_lanes(s.saved_gates + 2 * s.hidden_size, candidate, s.lanes);
-      store_lanes(s.saved_gates + 3 * s.hidden_size, leave, s.lanes);
+      store_lanes(s.saved_gates + 2 * s.hidden_size, enter.tanh_b(), s.lanes);
+      store_lanes(s.saved_gates + 3 * s.hidden_size, leave.sigmoid_a(), s.lanes);
       store_lanes(s.saved_cells, c, s.lanes);
       s.saved_gates += kGates * s.hidden_size;
       s.saved_cells += s.hidden_size;
-    } else {
-      c = fma(keep, load(s.c), sigmoid_times_tanh(i, g));
-      h = sigmoid_times_tanh(o, c);
     }
     store(s.c, c);
     store_lanes(s.output, h, s.lanes);
