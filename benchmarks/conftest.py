@@ -76,7 +76,13 @@ def prepared(request: pytest.FixtureRequest) -> Prepared:
     problem, eager, oracle = _problem(workload, dtype, mode)
     with torch.set_grad_enabled(mode == "training"):
         candidate = BUILDERS[name](problem, layout)
-        verdict = numerics.check(candidate.tensors(), eager, oracle, workloads.DTYPES[dtype])
+        verdict = numerics.check(
+            candidate.tensors(),
+            eager,
+            oracle,
+            workloads.DTYPES[dtype],
+            corners=workload.corners,
+        )
         if not verdict.ok:
             pytest.fail(f"not timed, its numbers are wrong: {verdict.message}")
         backend = candidates.backends_used(candidate) if name == "fmkernels" else ""

@@ -87,10 +87,19 @@ def ours(problem: Problem, layout: str) -> Candidate:
 
 
 def backends_used(candidate: Candidate) -> str:
-    """Which backends serve one call of ``candidate``, for example "cpu" or "cpu+reference"."""
+    """Which backends serve one call of ``candidate``, see :func:`backends_chosen`."""
     _dispatch.clear_decisions()
     candidate.call()
-    return "+".join(sorted({decision.chosen for decision in fmkernels.last_decisions()}))
+    return backends_chosen()
+
+
+def backends_chosen() -> str:
+    """The backends in the log of decisions, for example "cpu" or "cpu+reference".
+
+    "none" if the log is empty: ``replace`` found nothing that it could serve better than PyTorch.
+    """
+    chosen = {decision.chosen for decision in fmkernels.last_decisions()}
+    return "+".join(sorted(chosen)) or "none"
 
 
 def module_candidate(

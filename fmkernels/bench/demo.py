@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import fmkernels
 from fmkernels import _dispatch, models
+from fmkernels.bench.candidates import backends_chosen
 
-# Training amplifies rounding: a ReLU or a pooling window that decides the other way by one bit puts
-# two runs on different paths a few steps later. So the losses are compared twice. In the first steps
-# rounding alone leaves them within 1e-5 of each other, and a wrong gradient does not; after that, two
-# runs whose weights start one rounding apart stay within 0.02.
+# Training amplifies rounding: a ReLU or a pooling window that decides the other way by one bit
+# puts two runs on different paths a few steps later. So the losses are compared twice. In the
+# first steps rounding alone leaves them within 1e-5 of each other, and a wrong gradient does not;
+# after that, two runs whose weights start one rounding apart stay within 0.02.
 EARLY_STEPS = 10
 EARLY_BOUND = 5e-4
 CURVE_BOUND = 0.1
@@ -130,7 +131,7 @@ def train_both(
         # Whoever goes second finds the batches in the caches: they take turns at that.
         for trainee in trainees if epoch % 2 else trainees[::-1]:
             trainee.train_epoch(train_inputs, train_labels, batches)
-    backend = "+".join(sorted({decision.chosen for decision in fmkernels.last_decisions()}))
+    backend = backends_chosen()
     theirs, ours = trainees
     return Outcome(
         name,

@@ -91,7 +91,10 @@ def measure(
                 continue
             if name == EAGER:
                 eager_tensors.append(tensors)
-            _judge(measurement, check(tensors, eager_tensors, oracle, DTYPES[dtype]))
+            verdict = check(
+                tensors, eager_tensors, oracle, DTYPES[dtype], corners=workload.corners
+            )
+            _judge(measurement, verdict)
             if name == OURS:
                 measurement.backend = candidates.backends_used(candidate)
             if measurement.status == "ok":

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmkernels.bench.numerics import Check, check
 from fmkernels.bench.verify_cases import Case, Named, all_cases
+from fmkernels.bench.verify_frozen import frozen_cases
 
 DTYPES = {
     "fp32": torch.float32,
@@ -59,7 +60,8 @@ class Verdict:
 
 def select(families: tuple[str, ...] = ("all",)) -> list[Case]:
     """The cases of ``families``."""
-    return [case for case in all_cases() if "all" in families or case.family in families]
+    cases = [*all_cases(), *frozen_cases()]
+    return [case for case in cases if "all" in families or case.family in families]
 
 
 def verify(
@@ -123,10 +125,13 @@ def _evaluate(case: Case, compute: Callable[[Named], object], inputs: Named) -> 
     sources = {
         name: leaves[name].requires_grad_()
         for name in leaves
-        if leaves[name].is_floating_point() and name not in case.constants
+        if case.gradients and leaves[name].is_floating_point() and name not in case.constants
     }
-    outputs = compute(leaves)
+    with torch.set_grad_enabled(case.gradients):
+        outputs = compute(leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not case.gradients:
+        return {f"output {i}": output for i, output in enumerate(outputs)}
     generator = torch.Generator().manual_seed(7)
     upstream = [_strided_normal(output, generator) for output in outputs]
     gradients = torch.autograd.grad(outputs, list(sources.values()), upstream)

@@ -12,6 +12,7 @@ from fmkernels.bench.verify import Verdict
 from fmkernels.info import Info
 
 SCHEMA_VERSION = 1
+_SHOWN = 30  # failures printed in full
 
 
 def print_verdicts(verdicts: list[Verdict], state: Info, console: Console) -> None:
@@ -48,13 +49,15 @@ def print_verdicts(verdicts: list[Verdict], state: Info, console: Console) -> No
         )
     console.print(table)
     failures = [verdict for verdict in verdicts if not verdict.ok]
-    for verdict in failures:
+    for verdict in failures[:_SHOWN]:
         console.print(
             f"FAILED {verdict.op} {verdict.dtype} on {verdict.backend}, {verdict.case}: "
             f"{verdict.message}",
             style="red",
             markup=False,
         )
+    if len(failures) > _SHOWN:
+        console.print(f"... and {len(failures) - _SHOWN} more (--json writes all)", style="red")
     summary = f"{len(verdicts) - len(failures)} of {len(verdicts)} cases passed"
     console.print(summary, style="bold red" if failures else "bold green")
 

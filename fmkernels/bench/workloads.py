@@ -42,6 +42,7 @@ class Workload:
             inside a network does, a whole model and a first layer do not).
         flops_share: the part of the counted operations that has to be done (causal masks: a half).
         backward_cost: operations of the backward pass as a multiple of the forward's.
+        corners: whether it has ReLUs or max-pooling, see :func:`fmkernels.bench.numerics.check`.
         quick: whether ``--quick`` keeps it.
         substitute: how the fmkernels version is made from a copy of the module; None for
             ``fmkernels.replace``.
@@ -56,6 +57,7 @@ class Workload:
     input_gradient: bool = True
     flops_share: float = 1.0
     backward_cost: float = 2.0
+    corners: bool = False
     quick: bool = False
     substitute: Callable[[nn.Module], nn.Module] | None = None
 
@@ -141,7 +143,9 @@ def _settled(module: nn.Module) -> nn.Module:
 def _conv(
     batch: int, channels: int, size: int, out: int, kernel: int = 3, *, block=False, **options
 ) -> tuple[nn.Module, Inputs]:
-    conv = nn.Conv2d(channels, out, kernel, **{"padding": kernel // 2, **options})
+    # A bias would do nothing before a batch norm, and have a gradient of pure rounding.
+    options = {"padding": kernel // 2, "bias": not block, **options}
+    conv = nn.Conv2d(channels, out, kernel, **options)
     after = [nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)] if block else []
     return _settled(nn.Sequential(conv, *after)), (torch.randn(batch, channels, size, size),)
 
@@ -222,22 +226,23 @@ def _transformer(batch: int, length: int) -> tuple[nn.Module, Inputs]:
 
 _BOTH_LAYOUTS = ("contiguous", "channels_last")
 conv = partial(Workload, family="conv", layouts=_BOTH_LAYOUTS)
+block = partial(conv, corners=True)
 linear = partial(Workload, family="linear")
 rnn = partial(Workload, family="rnn")
 attention = partial(Workload, family="attention")
 sdpa = partial(attention, backward_cost=2.5, substitute=_with_our_attention)
-model = partial(Workload, family="models", input_gradient=False)
+model = partial(Workload, family="models", input_gradient=False, corners=True)
 cnn = partial(model, layouts=_BOTH_LAYOUTS)
 
 # The names state batch x channels x height x width (-> out channels), time T, batch B, hidden H,
 # batch x heads x queries x width.
 WORKLOADS: tuple[Workload, ...] = (
-    conv(
+    block(
         "conv-bn-relu-pool 32x64x56x56->64",
         build=partial(_conv, 32, 64, 56, 64, block=True),
         quick=True,
     ),
-    conv(
+    block(
         "conv-bn-relu-pool 32x3x32x32->64",
         build=partial(_conv, 32, 3, 32, 64, block=True),
         input_gradient=False,
@@ -270,7 +275,7 @@ WORKLOADS: tuple[Workload, ...] = (
         build=partial(_sdpa, 8, 32, 1, 128, keys=2048, kv_heads=8),
         modes=("inference",),
     ),
-    attention("encoder layer 8x128x512", build=_encoder_layer, quick=True),
+    attention("encoder layer 8x128x512", build=_encoder_layer, corners=True, quick=True),
     cnn("CNN (64-128-512-10) batch 32", build=partial(_cnn, "large", 32), quick=True),
     cnn("CNN (64-128-512-10) batch 1", build=partial(_cnn, "large", 1), modes=("inference",)),
     cnn("CNN (32-64-64-64-10) batch 32", build=partial(_cnn, "small", 32)),
