@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fmkernels
 from fmkernels.bench import candidates, environment, numerics, peers, roofline, run, timer
 from fmkernels.bench import workloads as workloads_module
 from fmkernels.bench.results import Cell, Measurement, Results
@@ -219,6 +220,12 @@ def test_a_seed_fixes_inputs_and_weights_and_leaves_the_global_generator_alone()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(inputs[0], again[0])
+
+
+@pytest.mark.parametrize("name", [w.name for w in workloads_module.select(("models",))])
+def test_replace_reaches_into_the_reference_architectures(name):
+    module, _ = named(name).make("fp32")
+    assert fmkernels.replace(module).rows
 
 
 # --- numerics
