@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
-import torch
+
+# Read when OpenMP is loaded, that is, with torch. Threads that spin while they wait slow the suite
+# manyfold on a machine that something else keeps busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 # The same examples on every run: a red test is red for everyone.
 hypothesis.settings.register_profile("fmkernels", deadline=None, derandomize=True)
