@@ -71,6 +71,7 @@ def _ratio_bars(results: Results, mode: str) -> str:
     axes.bar_label(bars, labels=[f"{ratio:.2f}x" for ratio in ratios], padding=3, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
+    axes.margins(x=0.08)  # room for the labels
     axes.set_xlabel("times as fast as PyTorch eager (right of the line: faster)")
     axes.tick_params(labelsize=8)
     return f"<h2>{mode.capitalize()}</h2>{_svg(figure)}"
