@@ -48,6 +48,16 @@ def test_info_is_readable_as_text_too():
     assert any(line.startswith("backend reference") for line in text.splitlines())
 
 
+def test_an_isa_that_does_not_exist_is_an_error_and_no_traceback(monkeypatch):
+    def refuse():
+        raise RuntimeError("FMKERNELS_ISA=mmx: unknown")
+
+    monkeypatch.setattr(fmkernels, "info", refuse)
+    result = invoke("info")
+    assert result.exit_code == 2
+    assert result.output.strip() == "FMKERNELS_ISA=mmx: unknown"
+
+
 # --- the entry point
 
 

@@ -16,6 +16,7 @@ from fmkernels.bench import demo as demo_run
 from fmkernels.bench import html, peers, report, run, verify, verify_report, workloads
 from fmkernels.bench.environment import busy_warning, load_average
 from fmkernels.bench.results import Cell
+from fmkernels.info import Info
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +35,7 @@ def info(
     json_file: JsonFile = None,
 ) -> None:
     """Version, build, instruction set, threads, backends with reasons, torch and triton."""
-    state = fmkernels.info()
+    state = _state()
     table = Table(show_header=False, box=None)
     for label, text in state.rows():
         table.add_row(label, text, style=_info_style(label, text))
@@ -64,7 +65,7 @@ def verify_command(
     console = _console()
     families = _names(family, {*workloads.FAMILIES, "all"} - {"models"}, "--family")
     dtypes = _names(dtype, verify.DTYPES, "--dtype")
-    state = fmkernels.info()
+    state = _state()
     default = "cpu" if state.native else "reference"
     backends = _names(backend or default, set(fmkernels.BACKEND_NAMES) - {"auto"}, "--backend")
     if backend is None and not state.native:
@@ -131,7 +132,7 @@ def bench(
         raise typer.BadParameter(str(error)) from error
     if threads is not None:
         torch.set_num_threads(threads)
-    warning = busy_warning(load_average(), fmkernels.info().machine.logical_cpus)
+    warning = busy_warning(load_average(), _state().machine.logical_cpus)
     if warning:
         console.print(f"WARNING: {warning}", style="bold red")
 
@@ -177,6 +178,14 @@ def demo(
         report.write_document([outcome.to_dict() for outcome in outcomes], json_file)
     if not all(outcome.agree for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _state() -> Info:
+    try:
+        return fmkernels.info()
+    except RuntimeError as error:  # FMKERNELS_ISA asks for a path that does not exist here
+        _console().print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
 
 
 def _console() -> Console:
