@@ -113,37 +113,52 @@ FMK_INLINE void make_word(float* word, float x, float) { *word = x; }
 FMK_INLINE void make_word(double* word, double x, double) { *word = x; }
 FMK_INLINE void make_word(Bf16Pair* word, float x, float y) { *word = {to_bf16(x), to_bf16(y)}; }
 
-// dst[kw][width] from src[k][n] (rows `ld` apart): rows k, columns n < columns; the rest of the
+// dst[kw][width] from k rows of numbers, row_at(k) being the first of `columns`; the rest of the
 // width is zero.
-template <class T>
-FMK_NOINLINE void pack_rows_as_panel(const T* src, int64_t ld, int64_t k, int64_t columns,
-                                     int64_t width, Word<T>* dst) {
+template <class T, class RowAt>
+FMK_INLINE void pack_rows_at(const RowAt& row_at, int64_t k, int64_t columns, int64_t width,
+                             Word<T>* dst) {
   if constexpr (Mac<T>::kPair == 1) {
-    for (int64_t row = 0; row < k; ++row, src += ld, dst += width) {
-      convert(src, dst, columns);
+    for (int64_t row = 0; row < k; ++row, dst += width) {
+      convert(row_at(row), dst, columns);
       for (int64_t column = columns; column < width; ++column) dst[column] = 0;
     }
   } else {
     const T nothing{};
-    for (int64_t row = 0; row < k; row += 2, src += 2 * ld, dst += width) {
+    for (int64_t row = 0; row < k; row += 2, dst += width) {
       const bool both = row + 1 < k;
+      const T* first = row_at(row);
+      const T* second = both ? row_at(row + 1) : first;
       int64_t column = 0;
 #if FMK_BF16_DOT
       for (; column + 16 <= columns; column += 16) {
         const __m256i zeros = _mm256_setzero_si256();
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + column));
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + column));
         const __m256i high =
-            both ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + ld + column)) : zeros;
+            both ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + column)) : zeros;
         const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
                                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
         _mm512_storeu_si512(dst + column, pairs);
       }
 #endif
       for (; column < columns; ++column)
-        dst[column] = {src[column], both ? src[ld + column] : nothing};
+        dst[column] = {first[column], both ? second[column] : nothing};
       for (; column < width; ++column) dst[column] = {nothing, nothing};
     }
   }
+}
+
+// The same for the rows of a matrix, `ld` apart, and for rows that lie anywhere.
+template <class T>
+FMK_NOINLINE void pack_rows_as_panel(const T* src, int64_t ld, int64_t k, int64_t columns,
+                                     int64_t width, Word<T>* dst) {
+  pack_rows_at<T>([&](int64_t row) FMK_LAMBDA { return src + row * ld; }, k, columns, width, dst);
+}
+template <class T>
+FMK_NOINLINE void pack_row_pointers_as_panel(const T* const* rows, int64_t first_column, int64_t k,
+                                             int64_t columns, int64_t width, Word<T>* dst) {
+  pack_rows_at<T>([&](int64_t row) FMK_LAMBDA { return rows[row] + first_column; }, k, columns,
+                  width, dst);
 }
 
 #if defined(__AVX512F__)

@@ -14,16 +14,6 @@ FMK_INLINE int64_t row_index(const LstmBackward& p, int64_t t, int64_t b) {
   return p.batch_first ? b * p.shape.steps + t : t * p.shape.batch + b;
 }
 
-// The distance of consecutive rows of the input, or -1 where they are not equally spaced.
-FMK_INLINE int64_t input_row_distance(const LstmBackward& p) {
-  const SequenceStrides& s = p.input_strides;
-  const int64_t inner = p.batch_first ? s.step : s.row, outer = p.batch_first ? s.row : s.step;
-  const int64_t inner_count = p.batch_first ? p.shape.steps : p.shape.batch;
-  const int64_t outer_count = p.batch_first ? p.shape.batch : p.shape.steps;
-  if (inner_count == 1) return outer;
-  return outer_count == 1 || outer == inner_count * inner ? inner : -1;
-}
-
 template <class T>
 struct Workspace {
   using V = Vec<T>;
@@ -31,12 +21,7 @@ struct Workspace {
   T* grad_gates;       // dG: [rows][D][4H]
   Word<T>* hh_panels;  // per direction W_hh [4H][H] in panels over H
   Word<T>* ih_panels;  // W_ih of all directions, one reduction of D * 4H, in panels over I
-  T* input;            // [rows][I], if the caller's rows are not equally spaced
-  T* previous_hidden;  // [rows][H] of one direction, if the outputs cannot be used shifted
   int64_t hh_direction_words;
-
-  // Batch-first rows start from h0 once per batch row, so there is no single shift.
-  static bool shifts_output(const LstmBackward& p) { return !p.batch_first || p.shape.batch == 1; }
 
   FMK_INLINE Workspace of(const LstmBackward& p, Arena& arena) {
     const LstmShape& s = p.shape;
@@ -47,10 +32,6 @@ struct Workspace {
     w.hh_panels = arena.take<Word<T>>(s.directions * w.hh_direction_words);
     w.ih_panels =
         arena.take<Word<T>>(p.grad_input ? packed_words<T>(s.input_size, s.directions * gates) : 0);
-    w.input = arena.take<T>(
-        p.grad_weights[0].w_ih && input_row_distance(p) < 0 ? rows * s.input_size : 0);
-    w.previous_hidden =
-        arena.take<T>(p.grad_weights[0].w_hh && !shifts_output(p) ? rows * s.hidden_size : 0);
     return w;
   }
 };
@@ -108,6 +89,26 @@ struct GateGradients {
   Acc<T>* sums;  // [4][ld_grad_hidden]: added to
   int64_t hidden_size;
 };
+
+template <class T>
+FMK_INLINE void prefetch_row(const T* p, int columns) {
+  for (int j = 0; j < columns; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + j);
+}
+
+// Asks for what gate_gradients will read: these are short pieces of many rows, which the hardware
+// does not foresee, and the matrix product before leaves the time to fetch them.
+template <class T>
+FMK_NOINLINE void prefetch(const GateGradients<T>& s, int rows, int columns) {
+  for (int row = 0; row < rows; ++row) {
+    for (int gate = 0; gate < 4; ++gate) {
+      prefetch_row(s.gates + row * 4 * s.hidden_size + gate * s.hidden_size, columns);
+      prefetch_row(s.grad_gates + row * s.ld_grad_gates + gate * s.hidden_size, columns);
+    }
+    prefetch_row(s.grad_output + row * s.ld_output, columns);
+    prefetch_row(s.cells + row * s.hidden_size, columns);
+    prefetch_row(s.before + row * s.ld_before, columns);
+  }
+}
 
 template <class T>
 FMK_NOINLINE void gate_gradients(GateGradients<T> s, int rows, int columns) {
@@ -249,14 +250,6 @@ class BackwardRun {
       for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
         const int64_t row = tiles.begin(tile);
         const int tile_rows = tiles.rows(tile);
-        if (last) {
-          const T* from =
-              static_cast<const T*>(p.grad_h_n) + (d * s.batch + row0 + row) * H + column;
-          for (int i = 0; i < tile_rows; ++i)
-            widen_padded(from + i * H, valid, width, Acc<T>(0), grad_hidden_ + i * width);
-        } else {
-          through_recurrence(panel, row, tile_rows);
-        }
         GateGradients<T> g;
         g.grad_hidden = grad_hidden_;
         g.ld_grad_hidden = width;
@@ -274,6 +267,15 @@ class BackwardRun {
         g.ld_grad_gates = gate_row_length() * (p.batch_first ? s.steps : 1);
         g.sums = sums_;
         g.hidden_size = H;
+        prefetch(g, tile_rows, static_cast<int>(valid));
+        if (last) {
+          const T* from =
+              static_cast<const T*>(p.grad_h_n) + (d * s.batch + row0 + row) * H + column;
+          for (int i = 0; i < tile_rows; ++i)
+            widen_padded(from + i * H, valid, width, Acc<T>(0), grad_hidden_ + i * width);
+        } else {
+          through_recurrence(panel, row, tile_rows);
+        }
         gate_gradients(g, tile_rows, static_cast<int>(valid));
       }
       for (int gate = 0; gate < 4; ++gate)
@@ -321,78 +323,144 @@ void time_loop(const LstmBackward& p, const Workspace<T>& w, double flops, const
   }
 }
 
-// grad [4H][n] = dG^T B over `rows` rows, dG from row `first` on; plus what `grad` holds if `add`.
+// dW_ih = dG^T X and dW_hh = dG^T H_prev for a block of gate rows of one direction. All blocks of a
+// direction together read dG once, a chunk of time steps at a time, while the sums stay in the
+// cache: dG is the largest thing there is, and panel by panel as in gemm() it would come from
+// memory for each.
 template <class T>
-void weight_gradient(const LstmBackward& p, const Workspace<T>& w, int64_t d, int64_t first,
-                     int64_t rows, const T* b, int64_t ldb, int64_t n, bool add, T* grad,
-                     const Parallel& pool) {
-  const int64_t gates = 4 * p.shape.hidden_size;
-  GemmProblem<T> g;
-  g.m = gates;
-  g.n = n;
-  g.k = rows;
-  g.lda = p.shape.directions * gates;
-  g.a = w.grad_gates + first * g.lda + d * gates;
-  g.a_reduction_major = true;
-  g.b = b;
-  g.ldb = ldb;
-  g.epilogue.out = grad;
-  g.epilogue.ld_out = n;
-  if (add) g.epilogue.residual = grad;
-  g.epilogue.ld_residual = n;
-  gemm(g, pool);
-}
+class WeightGradientRun {
+ public:
+  using M = Mac<T>;
+  using V = Vec<T>;
 
-// to[row(t, b)] = the n numbers that from(t, b) points at.
-template <class T, class From>
-void gather_rows(const LstmBackward& p, int64_t n, T* to, const Parallel& pool, const From& from) {
-  const int64_t outer = p.batch_first ? p.shape.batch : p.shape.steps;
-  const int64_t inner = p.batch_first ? p.shape.steps : p.shape.batch;
-  const int64_t shards = outer * inner * n < 65536 ? 1 : min_of<int64_t>(pool.threads, outer);
-  parallel_for(pool, shards, [&](int64_t shard) {
-    for (int64_t i = outer * shard / shards; i < outer * (shard + 1) / shards; ++i)
-      for (int64_t j = 0; j < inner; ++j)
-        std::memcpy(to + (i * inner + j) * n, p.batch_first ? from(j, i) : from(i, j),
-                    n * sizeof(T));
-  });
-}
+  // Gate rows of a block at most, and rows of dG in a chunk: the block's operands and sums fit into
+  // L2.
+  static constexpr int64_t kBlockRows = 256, kChunk = 256;
 
-template <class T>
-void weight_gradients(const LstmBackward& p, const Workspace<T>& w, const Parallel& pool) {
-  const LstmShape& s = p.shape;
-  const int64_t H = s.hidden_size, rows = s.steps * s.batch, output_ld = s.directions * H;
-  const T* x = static_cast<const T*>(p.input);
-  int64_t ldx = input_row_distance(p);
-  if (ldx < 0) {
-    gather_rows(p, s.input_size, w.input, pool, [&](int64_t t, int64_t b) {
-      return x + t * p.input_strides.step + b * p.input_strides.row;
-    });
-    x = w.input;
-    ldx = s.input_size;
+  FMK_LAMBDA WeightGradientRun(const LstmBackward& problem, const Workspace<T>& workspace,
+                               int64_t direction, int64_t first_gate, int64_t gate_count)
+      : p(problem), w(workspace), d(direction), gate0(first_gate), gates(gate_count) {}
+
+  void run() {
+    const LstmShape& s = p.shape;
+    parts_[0].n = s.input_size;
+    parts_[0].grad = static_cast<T*>(p.grad_weights[d].w_ih);
+    parts_[1].n = s.hidden_size;
+    parts_[1].grad = static_cast<T*>(p.grad_weights[d].w_hh);
+    Arena sizes{nullptr};
+    plan(sizes);
+    Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
+    plan(arena);
+    const int64_t rows = s.steps * s.batch, chunks = max_of<int64_t>(1, ceil_div(rows, kChunk));
+    for (int64_t i = 0; i < chunks; ++i) {
+      // Chunks start at even rows, where pairs do.
+      const int64_t first = i * kChunk;
+      add_chunk(first, min_of(kChunk, rows - first), i == 0);
+    }
+    for (const Part& part : parts_) write(part);
   }
-  for (int64_t d = 0; d < s.directions; ++d) {
-    weight_gradient(p, w, d, 0, rows, x, ldx, s.input_size, false,
-                    static_cast<T*>(p.grad_weights[d].w_ih), pool);
-    T* grad = static_cast<T*>(p.grad_weights[d].w_hh);
-    const T* output = static_cast<const T*>(p.output) + d * H;
-    const T* h0 = static_cast<const T*>(p.h0) + d * s.batch * H;
-    if (Workspace<T>::shifts_output(p)) {
-      // Rows of one step are adjacent, and so a step's h_prev lies `batch` rows before it (after
-      // it).
-      const int64_t shift = s.batch;
-      weight_gradient(p, w, d, d == 0 ? 0 : rows - shift, shift, h0, H, H, false, grad, pool);
-      if (s.steps > 1)
-        weight_gradient(p, w, d, d == 0 ? shift : int64_t{0}, rows - shift,
-                        d == 0 ? output : output + shift * output_ld, output_ld, H, true, grad,
-                        pool);
-    } else {
-      const int64_t first = d == 0 ? 0 : s.steps - 1, back = d == 0 ? -1 : 1;
-      gather_rows(p, H, w.previous_hidden, pool, [&](int64_t t, int64_t b) {
-        return t == first ? h0 + b * H : output + row_index(p, t + back, b) * output_ld;
-      });
-      weight_gradient(p, w, d, 0, rows, w.previous_hidden, H, H, false, grad, pool);
+
+ private:
+  struct Part {
+    int64_t n;
+    T* grad;          // [4H][n]
+    Word<T>* panels;  // of the chunk's rows of X or H_prev
+    Acc<T>* sums;     // [panel][gates][width]
+    const T* rows[kChunk];
+  };
+  const LstmBackward& p;
+  const Workspace<T>& w;
+  const int64_t d, gate0, gates;
+  Part parts_[2];
+  Word<T>* grad_gates_;  // [words][ld()] of the chunk
+
+  int64_t ld() const {
+    return ceil_div(gates, V::W) * V::W + V::W;  // + W: rows a power of two apart share L1 sets
+  }
+
+  void plan(Arena& arena) {
+    const int64_t words = words_of<T>(kChunk);
+    grad_gates_ = arena.take<Word<T>>(words * ld());
+    for (Part& part : parts_) {
+      const int64_t columns = PanelSplit<V>::of(part.n).padded_columns();
+      part.panels = arena.take<Word<T>>(words * columns);
+      part.sums = arena.take<Acc<T>>(gates * columns);
     }
   }
+
+  void point_at_rows(int64_t first, int64_t count) {
+    const LstmShape& s = p.shape;
+    const int64_t H = s.hidden_size, output_ld = s.directions * H;
+    const int64_t first_step = d == 0 ? 0 : s.steps - 1, back = d == 0 ? -1 : 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = first + i;
+      const int64_t t = p.batch_first ? row % s.steps : row / s.batch;
+      const int64_t b = p.batch_first ? row / s.steps : row % s.batch;
+      parts_[0].rows[i] =
+          static_cast<const T*>(p.input) + t * p.input_strides.step + b * p.input_strides.row;
+      parts_[1].rows[i] = t == first_step ? static_cast<const T*>(p.h0) + (d * s.batch + b) * H
+                                          : static_cast<const T*>(p.output) +
+                                                row_index(p, t + back, b) * output_ld + d * H;
+    }
+  }
+
+  void add_chunk(int64_t first, int64_t count, bool start) {
+    const int64_t ldg = p.shape.directions * 4 * p.shape.hidden_size, words = words_of<T>(count);
+    point_at_rows(first, count);
+    pack_rows_as_panel(w.grad_gates + first * ldg + d * 4 * p.shape.hidden_size + gate0, ldg, count,
+                       gates, ld(), grad_gates_);
+    for (const Part& part : parts_) {
+      const auto split = PanelSplit<V>::of(part.n);
+      for (int64_t panel = 0; panel < split.count; ++panel) {
+        const int64_t column = split.column(panel);
+        const int vecs = split.width_vecs(panel);
+        const int64_t width = vecs * V::W;
+        Word<T>* b = part.panels + column * words;
+        pack_row_pointers_as_panel(part.rows, column, count, min_of(width, part.n - column), width,
+                                   b);
+        const auto tiles = RowTiles::of(gates, vecs);
+        for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+          const int64_t row = tiles.begin(tile);
+          Acc<T>* sums = part.sums + column * gates + row * width;
+          TileOperands<M> in;
+          in.a = grad_gates_ + row;
+          in.lda = ld();
+          in.words = words;
+          in.b = b;
+          if (!start) in.init = sums, in.ld_init = width;
+          run_tile<M, true>(tiles.rows(tile), vecs, in, StoreAccumulators<V>{sums, width});
+        }
+      }
+    }
+  }
+
+  void write(const Part& part) const {
+    const auto split = PanelSplit<V>::of(part.n);
+    for (int64_t panel = 0; panel < split.count; ++panel) {
+      const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
+      for (int64_t row = 0; row < gates; ++row)
+        convert(part.sums + column * gates + row * width,
+                part.grad + (gate0 + row) * part.n + column, min_of(width, part.n - column));
+    }
+  }
+};
+
+template <class T>
+void weight_gradients(const LstmBackward& p, const Workspace<T>& w, double flops,
+                      const Parallel& pool) {
+  const LstmShape& s = p.shape;
+  const int64_t gates = 4 * s.hidden_size;
+  const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
+  const int64_t share = ceil_div(threads, s.directions);
+  const int64_t blocks = ceil_div(ceil_div(gates, WeightGradientRun<T>::kBlockRows), share) * share;
+  const int64_t units = s.directions * blocks, shards = min_of(threads, units);
+  parallel_for(pool, shards, [&](int64_t shard) {
+    for (int64_t i = units * shard / shards; i < units * (shard + 1) / shards; ++i) {
+      const int64_t block = i % blocks, first = gates * block / blocks;
+      WeightGradientRun<T> run(p, w, i / blocks, first, gates * (block + 1) / blocks - first);
+      run.run();
+    }
+  });
 }
 
 template <class T>
@@ -417,7 +485,7 @@ void backward_typed(const LstmBackward& p, const Parallel& pool) {
   const double flops = lstm_flops(p.shape);
   pack_weights(p, w, flops, pool);
   time_loop(p, w, flops, pool);
-  if (p.grad_weights[0].w_ih) weight_gradients(p, w, pool);
+  if (p.grad_weights[0].w_ih) weight_gradients(p, w, flops, pool);
   if (p.grad_input) input_gradient(p, w, pool);
 }
 
