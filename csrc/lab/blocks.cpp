@@ -31,7 +31,7 @@ MathFunction math_from(const std::string& name) {
   if (name == "tanh") return MathFunction::kTanh;
   if (name == "sigmoid") return MathFunction::kSigmoid;
   if (name == "erf") return MathFunction::kErf;
-  if (name == "expm1_nonpositive") return MathFunction::kExpm1Nonpositive;
+  if (name == "expm1") return MathFunction::kExpm1;
   throw std::invalid_argument("no vector function is called '" + name + "'");
 }
 
@@ -95,7 +95,7 @@ FMK_LAB_BINDINGS(module) {
   module.def("math", &math, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("n"),
              py::arg("isa") = "", Unlocked(),
              "y[i] = name(x[i]) for n floats at the addresses x and y; names: exp, "
-             "exp2_nonpositive, tanh, sigmoid, erf, expm1_nonpositive.");
+             "exp2_nonpositive, tanh, sigmoid, erf, expm1.");
   module.def("activation", &activation, py::arg("index"), py::arg("derivative"), py::arg("dtype"),
              py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "", Unlocked(),
              "y[i] = activation(x[i]) or its derivative; dtype 'f32' or 'f64'.");

@@ -15,7 +15,7 @@ enum class MathFunction : int {
   kTanh,
   kSigmoid,
   kErf,
-  kExpm1Nonpositive,
+  kExpm1,
 };
 
 // C[m][n] = A B with plain row-major operands of one storage type.

@@ -24,8 +24,7 @@ void math(MathFunction name, const float* x, float* y, int64_t n) {
     case MathFunction::kTanh: return map<VecF>(x, y, n, [](VecF v) { return tanh(v); });
     case MathFunction::kSigmoid: return map<VecF>(x, y, n, [](VecF v) { return sigmoid(v); });
     case MathFunction::kErf: return map<VecF>(x, y, n, [](VecF v) { return erf(v); });
-    case MathFunction::kExpm1Nonpositive:
-      return map<VecF>(x, y, n, [](VecF v) { return expm1_nonpositive(v); });
+    case MathFunction::kExpm1: return map<VecF>(x, y, n, [](VecF v) { return expm1(v); });
   }
 }
 
