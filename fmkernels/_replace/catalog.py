@@ -65,8 +65,10 @@ _STATE_HOOKS = (
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer of this package already."""
-    return type(module).__module__.split(".")[0] == fnn.__name__.split(".")[0]
+    """Whether ``module`` is a layer of this package already (the reference models are not: they
+    hold layers)."""
+    package = fnn.__name__.split(".")[0]
+    return type(module).__module__.startswith((f"{package}.nn.", f"{package}._replace."))
 
 
 def family_of(module: nn.Module) -> str | None:
