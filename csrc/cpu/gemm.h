@@ -21,8 +21,8 @@ struct TileOperands {
   using Elem = typename Mac::V::Elem;
 
   const Word* const* rows = nullptr;  // row-major A: pointers [batch][MR]
-  const Word* a =
-      nullptr;  // reduction-major A: word k of row i at a[k * lda + i], a single batch element
+  const Word* a = nullptr;  // reduction-major A: word k of row i at a[k * lda + i], a single batch
+                            // element; null: batch element b has its own, rows[b] instead of a
   int64_t lda = 0;
   int64_t batch = 1;
   int64_t words = 0;           // reduction length of one batch element
@@ -94,14 +94,17 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   const Word* b = in.b;
   const int64_t words = in.words, ldb = in.ldb ? in.ldb : NV * V::W;
   if constexpr (kReductionMajor) {
-    const Word* a = in.a;
     const int64_t lda = in.lda;
-    for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
-      V panel[NV];
-      FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
-      FMK_UNROLL for (int i = 0; i < MR; ++i) {
-        const V x = Mac::splat_word(a + i);
-        FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
+    for (int64_t element = 0; element < in.batch; ++element) {
+      const Word* a = in.a ? in.a : in.rows[element];
+      for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
+        V panel[NV];
+        FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
+        FMK_UNROLL for (int i = 0; i < MR; ++i) {
+          const V x = Mac::splat_word(a + i);
+          FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] =
+              Mac::mac(acc[0][i][j], x, panel[j]);
+        }
       }
     }
   } else {

@@ -1,0 +1,143 @@
+// The backward pass: from the gradient of the output to that of the pre-activation, and on to the
+// input (a correlation of that gradient with the turned weight) and the weight.
+
+#include <type_traits>
+
+#include "cpu/conv_internal.h"
+#include "cpu/reduce.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+FMK_INLINE int64_t common_divisor(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+// d loss / d (scale * (conv + bias) + shift + residual)
+template <class T>
+const T* grad_of_preactivation(const ConvBackward& p, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  auto* grad = static_cast<T*>(p.grad_preactivation);
+  const auto* from = static_cast<const T*>(p.grad_output);
+  const bool relu = p.activation == Activation::kRelu, pooled = p.pool.kernel_h > 0;
+  if (pooled) {
+    const MaxPool pooling{s.dtype,      s.channels_last, s.batch, s.out_channels,
+                          s.out_height, s.out_width,     p.pool};
+    unpool_through_relu(pooling, from, p.argmax, relu ? p.saved : nullptr, grad, pool);
+    from = grad;
+  }
+  if (p.activation != Activation::kNone && !(pooled && relu)) {
+    const int64_t n = s.batch * s.out_channels * s.out_height * s.out_width;
+    activation_backward(p.activation, from, static_cast<const T*>(p.saved), n, grad, pool);
+    from = grad;
+  }
+  return from;
+}
+
+// The input positions first, first + stride, ... of one axis are reached from the output by the
+// taps t with (first + padding - t * dilation) a multiple of the stride, in steps of one position.
+struct ResidueClass {
+  TapRange taps;  // turned: last tap first
+  Axis axis;
+  Placement place;
+
+  static ResidueClass of(int64_t first, int64_t in_size, int64_t out_size, int64_t kernel,
+                         int64_t stride, int64_t padding, int64_t dilation) {
+    const int64_t divisor = common_divisor(stride, dilation), tap_step = stride / divisor;
+    int64_t last = -1, count = 0;
+    for (int64_t tap = 0; tap < kernel; ++tap)
+      if ((first + padding - tap * dilation) % stride == 0) last = tap, ++count;
+    ResidueClass c;
+    c.taps = {last, -tap_step, count};
+    c.axis = {out_size, ceil_div(in_size - first, stride),
+              count,    1,
+              count ? (first + padding - last * dilation) / stride : 0, dilation / divisor};
+    c.place = {in_size, first, stride};
+    return c;
+  }
+};
+
+template <class T>
+void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  WeightView<T> view{};
+  view.data = static_cast<const T*>(p.weight);
+  view.groups = s.groups;
+  view.columns = s.channels / s.groups;
+  view.reduction = s.out_channels / s.groups;
+  view.column_stride = taps;
+  view.reduction_stride = view.columns * taps;
+  view.group_stride = view.reduction * view.reduction_stride;
+  view.kernel_w = s.kernel_w;
+  if (p.scale) {
+    auto* scale = static_cast<Acc<T>*>(
+        scratch_bytes(Scratch::kCall2, s.out_channels * sizeof(Acc<T>)));
+    convert(static_cast<const T*>(p.scale), scale, s.out_channels);
+    view.reduction_scale = scale;
+  }
+  Correlation<T> c{};
+  c.channels_last = s.channels_last;
+  c.batch = s.batch;
+  c.groups = s.groups;
+  c.channels = view.reduction;
+  c.out_channels = view.columns;
+  c.input = grad;
+  c.activation = Activation::kNone;
+  c.output = static_cast<T*>(p.grad_input);
+  for (int64_t y = 0; y < min_of(s.stride_h, s.height); ++y)
+    for (int64_t x = 0; x < min_of(s.stride_w, s.width); ++x) {
+      const auto rows = ResidueClass::of(y, s.height, s.out_height, s.kernel_h, s.stride_h,
+                                         s.padding_h, s.dilation_h);
+      const auto columns = ResidueClass::of(x, s.width, s.out_width, s.kernel_w, s.stride_w,
+                                            s.padding_w, s.dilation_w);
+      view.y = rows.taps;
+      view.x = columns.taps;
+      void* packed = scratch_bytes(Scratch::kCall, packed_correlation_bytes(view));
+      pack_correlation_weight(view, packed, pool);
+      c.weight = packed;
+      c.y = rows.axis;
+      c.x = columns.axis;
+      c.place_y = rows.place;
+      c.place_x = columns.place;
+      correlate(c, pool);
+    }
+}
+
+template <class T>
+void backward_typed(const ConvBackward& p, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  const T* grad = grad_of_preactivation<T>(p, pool);
+  if (p.grad_input) grad_of_input(p, grad, pool);
+  if (!p.grad_weight && !p.grad_bias && !p.grad_shift) return;
+  WeightGradient<T> w{};
+  w.channels_last = s.channels_last;
+  w.batch = s.batch;
+  w.groups = s.groups;
+  w.channels = s.channels / s.groups;
+  w.out_channels = s.out_channels / s.groups;
+  w.y = {s.height, s.out_height, s.kernel_h, s.stride_h, -s.padding_h, s.dilation_h};
+  w.x = {s.width, s.out_width, s.kernel_w, s.stride_w, -s.padding_w, s.dilation_w};
+  w.input = static_cast<const T*>(p.input);
+  w.grad = grad;
+  w.scale = static_cast<const T*>(p.scale);
+  w.grad_weight = static_cast<T*>(p.grad_weight);
+  w.grad_shift = static_cast<T*>(p.grad_shift);
+  w.grad_bias = static_cast<T*>(p.grad_bias);
+  weight_gradient(w, pool);
+}
+
+}  // namespace
+
+void conv_backward(const ConvBackward& p, const Parallel& pool) {
+  with_type(p.shape.dtype, [&](auto* type) {
+    backward_typed<std::remove_pointer_t<decltype(type)>>(p, pool);
+  });
+}
+
+}  // namespace fmk::FMK_ISA

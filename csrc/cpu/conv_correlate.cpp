@@ -1,0 +1,317 @@
+// The correlation kernel: an implicit GEMM over blocks of output rows (or, for depthwise weights, a
+// product per channel), each block finished while it is in the cache.
+//
+// The rows of A are the pixels under the taps, reached through pointers. NHWC input of a type the
+// micro-kernel reads is used where it lies, taps in the padding pointing at zeros. Other input is
+// staged: the rows that a block needs are copied as NHWC words with the padding in place, so that
+// the taps of a kernel row, being adjacent, become one long reduction; that is why images of few
+// channels are staged, too.
+
+#include "cpu/conv_finish.h"
+#include "cpu/conv_internal.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+constexpr int64_t kBlockPixels = 448;          // enough to use each weight in L2 often
+constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
+constexpr int64_t kMinJoinedWords = 16;        // shorter reductions per tap are worth staging
+
+// D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
+template <class T, class D, bool kDepthwise>
+struct Correlator {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const Correlation<T>& p;
+  // As computed: depthwise is one group of all channels.
+  int64_t groups, channels, out_channels;
+  bool in_place;  // the input is read where it lies
+  bool direct;    // tiles store to the output
+  RowStage<T, D> stage;
+  int64_t pixel_words, group_words;    // steps of the (staged) input
+  int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each run
+                                          // covering element_taps taps of a kernel row
+  PanelSplit<V> split;
+  int64_t image_rows, blocks, panel_parts, shards;
+
+  explicit Correlator(const Correlation<T>& problem, const Parallel& pool) : p(problem) {
+    groups = kDepthwise ? 1 : p.groups;
+    channels = kDepthwise ? p.groups : p.channels;
+    out_channels = kDepthwise ? p.groups : p.out_channels;
+    split = PanelSplit<V>::of(out_channels);
+    const int64_t channel_words = ceil_div(channels, kPairOf<D>);
+    const bool readable = sizeof(D) == sizeof(T) * kPairOf<D> && channels % kPairOf<D> == 0;
+    const bool vectors = !kDepthwise || channels % V::W == 0;
+    const bool joinable = !kDepthwise && p.x.taps > 1 && p.x.step == 1;
+    in_place = p.channels_last && readable && vectors &&
+               !(joinable && channel_words < kMinJoinedWords);
+    stage = {p.channels_last, groups,     channels,  p.y.in_size,
+             p.x.in_size,     p.x.offset, p.x.span()};
+    const bool joined = joinable && !in_place;
+    element_taps = joined ? p.x.taps : 1;
+    elements = p.y.taps * (p.x.taps / max_of<int64_t>(1, element_taps));
+    words = channel_words * element_taps;
+    pixel_words = in_place ? groups * channel_words : channel_words;
+    group_words = in_place ? channel_words : stage.group_words();
+    direct = !kDepthwise && p.channels_last && p.pool.kernel_h == 0 && p.place_y.step == 1 &&
+             p.place_x.step == 1;
+    divide(pool);
+  }
+
+  // Blocks of output rows; where there are too few pixels for that, panels are shared out instead.
+  void divide(const Parallel& pool) {
+    const bool pooled = p.pool.kernel_h > 0;
+    image_rows = pooled ? p.pool.out_height : p.y.out_size;
+    const int64_t rows = p.batch * image_rows, conv_rows = pooled ? p.pool.stride_h : 1;
+    const int64_t row_pixels = conv_rows * p.x.out_size;
+    const int64_t row_bytes = conv_rows * p.y.stride * sizeof(D) *
+                              (in_place ? p.x.in_size * pixel_words : stage.row_words());
+    int64_t per_block = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, row_pixels));
+    per_block = min_of(per_block, max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes)));
+    per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, image_rows));
+    blocks = ceil_div(rows, per_block);
+    const double flops = 2.0 * static_cast<double>(p.batch * p.y.out_size * p.x.out_size) *
+                         static_cast<double>(groups * out_channels * elements * element_taps) *
+                         static_cast<double>(kDepthwise ? 16 : channels);
+    const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
+    panel_parts = 1;
+    if (threads > 1 && rows * row_pixels < threads * 64)
+      panel_parts = min_of(threads, groups * split.count);
+    else if (threads > 1 && blocks < 8 * threads)
+      blocks = min_of(rows, ceil_div(blocks, threads) * threads);
+    shards = min_of(threads, blocks * panel_parts);
+  }
+
+  void run_shard(int64_t shard) const {
+    const int64_t rows = p.batch * image_rows, units = blocks * panel_parts;
+    for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+      const int64_t block = unit / panel_parts, part = unit % panel_parts;
+      const int64_t panels = groups * split.count;
+      run_block(rows * block / blocks, rows * (block + 1) / blocks, panels * part / panel_parts,
+                panels * (part + 1) / panel_parts);
+    }
+  }
+
+  void run_block(int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
+    Block<D> block;
+    find_pieces(row0, row1, &block);
+    gather_rows(p.input, p.y, stage, in_place, elements * kMaxTileRows, &block);
+    const int64_t pixels = block.rows * p.x.out_size;
+    for (int64_t index = panel0; index < panel1; ++index) {
+      const int64_t group = index / split.count, panel = index % split.count;
+      const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
+      const int64_t columns = min_of(width, out_channels - column);
+      const int64_t channel = group * out_channels + column;
+      A* rows = nullptr;
+      if (!direct)
+        rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
+      if constexpr (kDepthwise)
+        multiply_channels(block, column, width, rows);
+      else
+        multiply(block, group, panel, row0 * p.x.out_size, rows);
+      if (direct) continue;
+      const Finisher<T> finisher{p, channel, columns, width};
+      for (int i = 0; i < block.piece_count; ++i) finisher.run(block.pieces[i], rows);
+    }
+  }
+
+  void find_pieces(int64_t row0, int64_t row1, Block<D>* block) const {
+    const PoolShape& s = p.pool;
+    for (int64_t row = row0; row < row1;) {
+      Piece piece;
+      piece.image = row / image_rows;
+      piece.out_begin = row - piece.image * image_rows;
+      piece.out_end = min_of(image_rows, piece.out_begin + row1 - row);
+      piece.begin = piece.out_begin;
+      piece.end = piece.out_end;
+      piece.own_begin = piece.begin;
+      if (s.kernel_h) {
+        const auto end_of = [&](int64_t out) {  // of the window of pooled row `out`
+          return max_of<int64_t>(
+              0, min_of(p.y.out_size, out * s.stride_h - s.padding_h + s.kernel_h));
+        };
+        piece.begin = max_of<int64_t>(0, piece.out_begin * s.stride_h - s.padding_h);
+        piece.end = end_of(piece.out_end - 1);
+        piece.own_begin = piece.out_begin == 0 ? 0 : end_of(piece.out_begin - 1);
+        if (p.preactivation) {  // wanted of the rows that no window covers, too
+          piece.begin = min_of(piece.begin, piece.own_begin);
+          if (piece.out_end == image_rows) piece.end = p.y.out_size;
+        }
+      }
+      piece.first_row = block->rows;
+      block->rows += piece.end - piece.begin;
+      block->pieces[block->piece_count++] = piece;
+      row += piece.out_end - piece.out_begin;
+    }
+  }
+
+  // pointers[(e - e0) * n + i]: the words of element e under pixel first + i of the block.
+  void find_pointers(const Block<D>& block, int64_t group, int64_t pixel, int n, int64_t e0,
+                     int64_t e1, int64_t word) const {
+    if (e0 == e1) return;
+    const int64_t taps = p.y.taps, row_elements = p.x.taps / element_taps;
+    const D* const* rows[kMaxTileRows];
+    int64_t x[kMaxTileRows];
+    const int64_t start = in_place ? p.x.offset : 0;
+    int64_t row = pixel / p.x.out_size, out = pixel - row * p.x.out_size;
+    for (int i = 0; i < n; ++i) {
+      rows[i] = block.table + row * taps;
+      x[i] = out * p.x.stride + start;
+      if (++out == p.x.out_size) out = 0, ++row;
+    }
+    const D** to = block.pointers;
+    const int64_t offset = group * group_words + word;
+    if (!in_place) {
+      for (int64_t e = e0; e < e1; ++e, to += n) {
+        const int64_t ty = e / row_elements, tx = (e - ty * row_elements) * element_taps;
+        const int64_t shift = tx * p.x.step * pixel_words + offset;
+        for (int i = 0; i < n; ++i) to[i] = rows[i][ty] + x[i] * pixel_words + shift;
+      }
+      return;
+    }
+    const int64_t reach = (p.x.taps - 1) * p.x.step;
+    bool inside = true;
+    for (int i = 0; i < n; ++i) inside &= x[i] >= 0 && x[i] + reach < p.x.in_size;
+    int64_t ty = e0 / p.x.taps, tx = e0 - ty * p.x.taps;
+    for (int64_t e = e0; e < e1; ++ty, tx = 0) {
+      const int64_t count = min_of(p.x.taps - tx, e1 - e);
+      const D* base[kMaxTileRows];
+      bool none_empty = inside;
+      for (int i = 0; i < n; ++i) {
+        none_empty &= rows[i][ty] != block.zeros;
+        base[i] = rows[i][ty] + x[i] * pixel_words + offset;
+      }
+      for (int64_t j = 0; j < count; ++j, to += n) {
+        const int64_t dx = (tx + j) * p.x.step;
+        if (none_empty) {
+          for (int i = 0; i < n; ++i) to[i] = base[i] + dx * pixel_words;
+        } else {
+          for (int i = 0; i < n; ++i) {
+            const bool there =
+                rows[i][ty] != block.zeros && x[i] + dx >= 0 && x[i] + dx < p.x.in_size;
+            to[i] = there ? base[i] + dx * pixel_words : block.zeros;
+          }
+        }
+      }
+      e += count;
+    }
+  }
+
+  // One panel of the block's pixels, to the output or, raw, to rows[pixels][width].
+  void multiply(const Block<D>& block, int64_t group, int64_t panel, int64_t first_pixel,
+                A* rows) const {
+    const int vecs = split.width_vecs(panel);
+    const int64_t column = split.column(panel), width = vecs * V::W;
+    const int64_t pixels = block.rows * p.x.out_size;
+    const auto tiles = RowTiles::of(pixels, vecs);
+    const auto* b = static_cast<const Word<T>*>(p.weight) +
+                    (group * split.padded_columns() + column) * elements * words;
+    Epilogue<T> epilogue;
+    if (direct) {
+      epilogue.out = p.output;
+      epilogue.ld_out = epilogue.ld_residual = groups * out_channels;
+      epilogue.scale = p.scale;
+      epilogue.shift = p.shift;
+      epilogue.residual = p.residual;
+      epilogue.preactivation = p.preactivation;
+      epilogue.activation = p.activation;
+      epilogue = epilogue
+                     .at_panel(group * out_channels + column, min_of(width, out_channels - column))
+                     .at_row(first_pixel);
+    }
+    // The reduction is cut so that a chunk of the panel stays in L2 while all tiles pass over it:
+    // into runs of whole elements, or elements into parts.
+    const int64_t limit = kChunkWords + kChunkWords / 4;
+    const int64_t parts = words > limit ? ceil_div(words, kChunkWords) : 1;
+    const int64_t total = max_of<int64_t>(1, elements);
+    const int64_t runs = parts > 1 ? total
+                                   : elements * words > limit
+                                         ? min_of(total, ceil_div(elements * words, kChunkWords))
+                                         : 1;
+    const int64_t chunks = runs * parts;
+    A* partial = rows;
+    if (!partial && chunks > 1)
+      partial = static_cast<A*>(scratch_bytes(Scratch::kAccumulator, pixels * width * sizeof(A)));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t run = chunk / parts, part = chunk % parts;
+      const int64_t e0 = elements * run / runs, e1 = elements * (run + 1) / runs;
+      const int64_t w0 = words * part / parts, w1 = words * (part + 1) / parts;
+      const bool store_output = direct && chunk + 1 == chunks;
+      TileOperands<Mac<T>> in;
+      in.rows = block.pointers;
+      in.batch = e1 - e0;
+      in.words = w1 - w0;
+      in.b = b + (e0 * words + w0) * width;
+      in.ld_init = width;
+      for (int64_t t = 0; t < tiles.tiles; ++t) {
+        const int64_t pixel = tiles.begin(t);
+        const int n = tiles.rows(t);
+        find_pointers(block, group, pixel, n, e0, e1, w0);
+        if (chunk > 0) in.init = partial + pixel * width;
+        if (store_output)
+          run_tile_with_epilogue<T, false>(n, vecs, in, epilogue.at_row(pixel));
+        else
+          run_tile<Mac<T>, false>(n, vecs, in,
+                                  StoreAccumulators<V>{partial + pixel * width, width});
+      }
+    }
+  }
+
+  // Depthwise: rows[pixel][width] = sum over taps of input[pixel + tap] * weight[tap], per channel.
+  void multiply_channels(const Block<D>& block, int64_t channel, int64_t width, A* rows) const {
+    constexpr int kPixels = 4;
+    const int64_t pixels = block.rows * p.x.out_size;
+    const A* weight = static_cast<const A*>(p.weight) + channel;
+    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels, rows += kPixels * width) {
+      const int n = static_cast<int>(min_of<int64_t>(kPixels, pixels - pixel));
+      find_pointers(block, 0, pixel, n, 0, elements, channel);
+      for (int64_t j = 0; j < width; j += V::W) {
+        const A* w = weight + j;
+        const D* const* from = block.pointers;
+        if (n == kPixels) {
+          V sum[kPixels] = {zero<V>(), zero<V>(), zero<V>(), zero<V>()};
+          for (int64_t e = 0; e < elements; ++e, w += split.padded_columns(), from += kPixels) {
+            const V factor = load(w);
+            FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i] =
+                fma(load(reinterpret_cast<const A*>(from[i]) + j), factor, sum[i]);
+          }
+          FMK_UNROLL for (int i = 0; i < kPixels; ++i) store(rows + i * width + j, sum[i]);
+        } else {
+          for (int i = 0; i < n; ++i) {
+            V sum = zero<V>();
+            for (int64_t e = 0; e < elements; ++e)
+              sum = fma(load(reinterpret_cast<const A*>(from[e * n + i]) + j),
+                        load(w + e * split.padded_columns()), sum);
+            store(rows + i * width + j, sum);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class T, class D, bool kDepthwise>
+void run(const Correlation<T>& p, const Parallel& pool) {
+  const Correlator<T, D, kDepthwise> correlator(p, pool);
+  parallel_for(pool, correlator.shards,
+               [&](int64_t shard) { correlator.run_shard(shard); });
+}
+
+}  // namespace
+
+template <class T>
+void correlate(const Correlation<T>& p, const Parallel& pool) {
+  const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.y.out_size;
+  if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
+  if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
+    run<T, Acc<T>, true>(p, pool);
+  else
+    run<T, Word<T>, false>(p, pool);
+}
+
+template void correlate(const Correlation<float>&, const Parallel&);
+template void correlate(const Correlation<bf16>&, const Parallel&);
+template void correlate(const Correlation<f16>&, const Parallel&);
+template void correlate(const Correlation<double>&, const Parallel&);
+
+}  // namespace fmk::FMK_ISA

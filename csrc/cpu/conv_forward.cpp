@@ -1,0 +1,106 @@
+// The forward pass: which algorithm, and what it is given.
+
+#include <type_traits>
+
+#include "cpu/conv_internal.h"
+#include "cpu/reduce.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+ConvAlgorithm choose_algorithm(const ConvShape&, bool) { return ConvAlgorithm::kDirect; }
+
+template <class T>
+WeightView<T> weight_view(const ConvShape& s, const T* weight) {
+  WeightView<T> view{};
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  view.data = weight;
+  view.groups = s.groups;
+  view.columns = s.out_channels / s.groups;
+  view.reduction = s.channels / s.groups;
+  view.column_stride = view.reduction * taps;
+  view.group_stride = view.columns * view.column_stride;
+  view.reduction_stride = taps;
+  view.kernel_w = s.kernel_w;
+  view.y = {0, 1, s.kernel_h};
+  view.x = {0, 1, s.kernel_w};
+  return view;
+}
+
+size_t packed_bytes(const ConvShape& s, ConvAlgorithm) {
+  size_t bytes = 0;
+  with_type(s.dtype, [&](auto* type) { bytes = packed_correlation_bytes(weight_view(s, type)); });
+  return bytes;
+}
+
+void pack_weight(const ConvShape& s, ConvAlgorithm, const void* weight, void* packed,
+                 const Parallel& pool) {
+  with_type(s.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
+  });
+}
+
+// scale * (conv + bias) + shift as one factor and one term per channel, null where there is nothing
+// to do.
+template <class T>
+void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shift) {
+  *scale = *shift = nullptr;
+  if (!p.bias && !p.scale && !p.shift) return;
+  const int64_t n = p.shape.out_channels, padded = n + kVectorSlack<T>;
+  auto* terms =
+      static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
+  Acc<T>*factors = terms + padded, *bias = factors + padded;
+  widen_padded(static_cast<const T*>(p.shift), n, padded, Acc<T>(0), terms);
+  widen_padded(static_cast<const T*>(p.scale), n, padded, Acc<T>(1), factors);
+  widen_padded(static_cast<const T*>(p.bias), n, padded, Acc<T>(0), bias);
+  for (int64_t i = 0; i < n; ++i) terms[i] += factors[i] * bias[i];
+  *shift = terms;
+  if (p.scale) *scale = factors;
+}
+
+template <class T>
+void forward_direct(const ConvForward& p, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  Correlation<T> c{};
+  c.channels_last = s.channels_last;
+  c.batch = s.batch;
+  c.groups = s.groups;
+  c.channels = s.channels / s.groups;
+  c.out_channels = s.out_channels / s.groups;
+  c.y = {s.height, s.out_height, s.kernel_h, s.stride_h, -s.padding_h, s.dilation_h};
+  c.x = {s.width, s.out_width, s.kernel_w, s.stride_w, -s.padding_w, s.dilation_w};
+  c.place_y = {s.out_height, 0, 1};
+  c.place_x = {s.out_width, 0, 1};
+  c.input = static_cast<const T*>(p.input);
+  c.weight = p.packed_weight;
+  if (!c.weight) {
+    void* packed = scratch_bytes(Scratch::kCall, packed_bytes(s, ConvAlgorithm::kDirect));
+    pack_weight(s, ConvAlgorithm::kDirect, p.weight, packed, pool);
+    c.weight = packed;
+  }
+  fold_affine<T>(p, &c.scale, &c.shift);
+  c.residual = static_cast<const T*>(p.residual);
+  c.activation = p.activation;
+  c.output = static_cast<T*>(p.output);
+  c.preactivation = static_cast<T*>(p.preactivation);
+  c.pool = p.pool;
+  c.argmax = p.argmax;
+  correlate(c, pool);
+}
+
+void forward(const ConvForward& p, const Parallel& pool) {
+  with_type(p.shape.dtype, [&](auto* type) {
+    forward_direct<std::remove_pointer_t<decltype(type)>>(p, pool);
+  });
+}
+
+}  // namespace
+
+const ConvKernels& conv_kernels() {
+  static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,      &pack_weight, &forward,
+                                     &conv_backward,    &max_pool_forward, &max_pool_backward};
+  return table;
+}
+
+}  // namespace fmk::FMK_ISA

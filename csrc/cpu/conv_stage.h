@@ -1,0 +1,173 @@
+// Moves between images and blocks of pixels with their channels side by side, which is what the
+// micro-kernel reads and writes: rows of an image of either layout to words, and back to planes.
+#pragma once
+
+#include "cpu/pack.h"
+
+namespace fmk::FMK_ISA {
+
+// Numbers per staged word: D is the compute type, or the pair of a pairwise dot product.
+template <class D>
+constexpr int kPairOf = 1;
+template <>
+constexpr int kPairOf<Bf16Pair> = 2;
+
+#if defined(__AVX512F__)
+// Sixteen words, `lanes` of them valid, from consecutive pixels of one channel's plane or of two.
+template <class T>
+FMK_INLINE __m512 plane_words(const T* p, int lanes) {
+  return load(p, lanes).v;
+}
+FMK_INLINE __m512 plane_pairs(const bf16* p, int64_t plane, bool both, int lanes) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes16(lanes), p));
+  if (!both) return _mm512_castsi512_ps(low);
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes16(lanes), p + plane));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+// dst[pixel * ld + word] from planes src[channel * plane + pixel]: `pixels` pixels, `channels`
+// channels.
+template <class T, class D>
+FMK_NOINLINE void planes_to_pixels(const T* src, int64_t plane, int64_t pixels, int64_t channels,
+                                   D* dst, int64_t ld) {
+  constexpr int kPair = kPairOf<D>;
+  const int64_t words = ceil_div(channels, kPair);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(D) == 4) {
+    for (int64_t word = 0; word < words; word += 16) {
+      const int count = static_cast<int>(min_of<int64_t>(16, words - word));
+      for (int64_t pixel = 0; pixel < pixels; pixel += 16) {
+        const int lanes = static_cast<int>(min_of<int64_t>(16, pixels - pixel));
+        const T* from = src + word * kPair * plane + pixel;
+        auto* to = reinterpret_cast<float*>(dst + pixel * ld + word);
+        if constexpr (sizeof(T) == 4) {
+          if (count == 16 && lanes == 16) {
+            transpose_16x16(from, plane, to, ld);
+            continue;
+          }
+        }
+        alignas(64) float block[16][16], turned[16][16];
+        for (int i = 0; i < count; ++i) {
+          const T* row = from + i * kPair * plane;
+          __m512 values;
+          if constexpr (kPair == 2)
+            values = plane_pairs(row, plane, (word + i) * 2 + 1 < channels, lanes);
+          else
+            values = plane_words(row, lanes);
+          _mm512_store_ps(block[i], values);
+        }
+        for (int i = count; i < 16; ++i) _mm512_store_ps(block[i], _mm512_setzero_ps());
+        if (count == 16 && lanes == 16) {
+          transpose_16x16(&block[0][0], 16, to, ld);
+        } else {
+          transpose_16x16(&block[0][0], 16, &turned[0][0], 16);
+          for (int i = 0; i < lanes; ++i)
+            _mm512_mask_storeu_ps(to + i * ld, lanes16(count), _mm512_load_ps(turned[i]));
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t word = 0; word < words; ++word)
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const T* from = src + word * kPair * plane + pixel;
+      const bool both = kPair == 2 && word * 2 + 1 < channels;
+      make_word(dst + pixel * ld + word, widen(from[0]), both ? widen(from[plane]) : 0);
+    }
+}
+
+// dst[column * plane + pixel] from src[pixel * ld + column], in the compute type.
+template <class T>
+FMK_NOINLINE void pixels_to_planes(const Acc<T>* src, int64_t ld, int64_t pixels, int64_t columns,
+                                   T* dst, int64_t plane) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc<T>) == 4) {
+    for (int64_t column = 0; column < columns; column += 16) {
+      const int count = static_cast<int>(min_of<int64_t>(16, columns - column));
+      for (int64_t pixel = 0; pixel < pixels; pixel += 16) {
+        const int lanes = static_cast<int>(min_of<int64_t>(16, pixels - pixel));
+        const float* from = src + pixel * ld + column;
+        T* to = dst + column * plane + pixel;
+        if constexpr (sizeof(T) == 4) {
+          if (count == 16 && lanes == 16) {
+            transpose_16x16(from, ld, to, plane);
+            continue;
+          }
+        }
+        alignas(64) float turned[16][16];
+        if (lanes == 16) {
+          transpose_16x16(from, ld, &turned[0][0], 16);
+        } else {
+          alignas(64) float block[16][16];
+          for (int i = 0; i < 16; ++i) store(block[i], i < lanes ? load(from + i * ld) : VecF{});
+          transpose_16x16(&block[0][0], 16, &turned[0][0], 16);
+        }
+        for (int i = 0; i < count; ++i) {
+          if (lanes == 16)
+            store(to + i * plane, load(turned[i]));
+          else
+            store(to + i * plane, load(turned[i]), lanes);
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      narrow(dst + column * plane + pixel, src[pixel * ld + column]);
+}
+
+// Which part of an image's rows is staged and how: [group][pixels][words of the group's channels],
+// position p of a row being pixel offset + p of the image, zero where there is none.
+template <class T, class D>
+struct RowStage {
+  bool channels_last;
+  int64_t groups, channels;  // per group
+  int64_t height, width;     // of the image
+  int64_t offset, pixels;
+
+  int64_t words() const { return ceil_div(channels, kPairOf<D>); }
+  int64_t group_words() const { return pixels * words(); }
+  int64_t row_words() const { return groups * group_words(); }
+
+  // Stages row y (inside the image) of an image.
+  void run(const T* image, int64_t y, D* dst) const {
+    const int64_t n = words();
+    const int64_t begin = min_of(pixels, max_of<int64_t>(0, -offset));
+    const int64_t end = max_of(begin, min_of(pixels, width - offset));
+    for (int64_t group = 0; group < groups; ++group, dst += group_words()) {
+      clear(dst, begin * n);
+      clear(dst + end * n, (pixels - end) * n);
+      if (!channels_last) {
+        const T* src = image + (group * channels * height + y) * width + offset + begin;
+        planes_to_pixels(src, height * width, end - begin, channels, dst + begin * n, n);
+        continue;
+      }
+      const int64_t total = groups * channels;
+      const T* src = image + (y * width + offset + begin) * total + group * channels;
+      if (channels == total && channels % kPairOf<D> == 0) {
+        copy(src, dst + begin * n, (end - begin) * channels);
+      } else {
+        for (int64_t p = begin; p < end; ++p, src += total) copy(src, dst + p * n, channels);
+      }
+    }
+  }
+
+ private:
+  static void clear(D* dst, int64_t n) {
+    if (n > 0) std::memset(static_cast<void*>(dst), 0, n * sizeof(D));
+  }
+  static void copy(const T* src, D* dst, int64_t n) {
+    if constexpr (kPairOf<D> == 2) {
+      std::memcpy(static_cast<void*>(dst), src, n * sizeof(T));
+      if (n % 2) dst[n / 2].high = T{};
+    } else {
+      convert(src, dst, n);
+    }
+  }
+};
+
+}  // namespace fmk::FMK_ISA
