@@ -54,9 +54,12 @@ struct ResidueClass {
       if ((first + padding - tap * dilation) % stride == 0) last = tap, ++count;
     ResidueClass c;
     c.taps = {last, -tap_step, count};
-    c.axis = {out_size, ceil_div(in_size - first, stride),
-              count,    1,
-              count ? (first + padding - last * dilation) / stride : 0, dilation / divisor};
+    c.axis = {out_size,
+              ceil_div(in_size - first, stride),
+              count,
+              1,
+              count ? (first + padding - last * dilation) / stride : 0,
+              dilation / divisor};
     c.place = {in_size, first, stride};
     return c;
   }
@@ -76,8 +79,8 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
   view.group_stride = view.reduction * view.reduction_stride;
   view.kernel_w = s.kernel_w;
   if (p.scale) {
-    auto* scale = static_cast<Acc<T>*>(
-        scratch_bytes(Scratch::kCall2, s.out_channels * sizeof(Acc<T>)));
+    auto* scale =
+        static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, s.out_channels * sizeof(Acc<T>)));
     convert(static_cast<const T*>(p.scale), scale, s.out_channels);
     view.reduction_scale = scale;
   }
@@ -135,9 +138,8 @@ void backward_typed(const ConvBackward& p, const Parallel& pool) {
 }  // namespace
 
 void conv_backward(const ConvBackward& p, const Parallel& pool) {
-  with_type(p.shape.dtype, [&](auto* type) {
-    backward_typed<std::remove_pointer_t<decltype(type)>>(p, pool);
-  });
+  with_type(p.shape.dtype,
+            [&](auto* type) { backward_typed<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
 }  // namespace fmk::FMK_ISA

@@ -7,15 +7,18 @@
 // the taps of a kernel row, being adjacent, become one long reduction; that is why images of few
 // channels are staged, too.
 
+#include <type_traits>
+
 #include "cpu/conv_finish.h"
 #include "cpu/conv_internal.h"
 
 namespace fmk::FMK_ISA {
 namespace {
 
-constexpr int64_t kBlockPixels = 448;          // enough to use each weight in L2 often
+constexpr int64_t kDepthwiseBlockPixels = 112;   // little reuse: what counts is staying in L1
+constexpr int64_t kBlockPixels = 448;            // enough to use each weight in L2 often
 constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
-constexpr int64_t kMinJoinedWords = 16;        // shorter reductions per tap are worth staging
+constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap are worth staging
 
 // D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
 template <class T, class D, bool kDepthwise>
@@ -27,10 +30,11 @@ struct Correlator {
   int64_t groups, channels, out_channels;
   bool in_place;  // the input is read where it lies
   bool direct;    // tiles store to the output
+  bool finished;  // what tiles store has been through the whole epilogue
   RowStage<T, D> stage;
-  int64_t pixel_words, group_words;    // steps of the (staged) input
-  int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each run
-                                          // covering element_taps taps of a kernel row
+  int64_t pixel_words, group_words;       // steps of the (staged) input
+  int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each
+                                          // run covering element_taps taps of a kernel row
   PanelSplit<V> split;
   int64_t image_rows, blocks, panel_parts, shards;
 
@@ -43,10 +47,9 @@ struct Correlator {
     const bool readable = sizeof(D) == sizeof(T) * kPairOf<D> && channels % kPairOf<D> == 0;
     const bool vectors = !kDepthwise || channels % V::W == 0;
     const bool joinable = !kDepthwise && p.x.taps > 1 && p.x.step == 1;
-    in_place = p.channels_last && readable && vectors &&
-               !(joinable && channel_words < kMinJoinedWords);
-    stage = {p.channels_last, groups,     channels,  p.y.in_size,
-             p.x.in_size,     p.x.offset, p.x.span()};
+    in_place =
+        p.channels_last && readable && vectors && !(joinable && channel_words < kMinJoinedWords);
+    stage = {p.channels_last, groups, channels, p.y.in_size, p.x.in_size, p.x.offset, p.x.span()};
     const bool joined = joinable && !in_place;
     element_taps = joined ? p.x.taps : 1;
     elements = p.y.taps * (p.x.taps / max_of<int64_t>(1, element_taps));
@@ -55,6 +58,8 @@ struct Correlator {
     group_words = in_place ? channel_words : stage.group_words();
     direct = !kDepthwise && p.channels_last && p.pool.kernel_h == 0 && p.place_y.step == 1 &&
              p.place_x.step == 1;
+    finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
+                          !p.preactivation);
     divide(pool);
   }
 
@@ -66,8 +71,12 @@ struct Correlator {
     const int64_t row_pixels = conv_rows * p.x.out_size;
     const int64_t row_bytes = conv_rows * p.y.stride * sizeof(D) *
                               (in_place ? p.x.in_size * pixel_words : stage.row_words());
-    int64_t per_block = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, row_pixels));
-    per_block = min_of(per_block, max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes)));
+    int64_t per_block = max_of<int64_t>(
+        1, (kDepthwise ? kDepthwiseBlockPixels : kBlockPixels) / max_of<int64_t>(1, row_pixels));
+    // Rows that windows share are computed again in the next block.
+    if (p.pool.kernel_h > p.pool.stride_h) per_block = max_of<int64_t>(4, 2 * per_block);
+    per_block =
+        min_of(per_block, max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes)));
     per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, image_rows));
     blocks = ceil_div(rows, per_block);
     const double flops = 2.0 * static_cast<double>(p.batch * p.y.out_size * p.x.out_size) *
@@ -95,7 +104,7 @@ struct Correlator {
   void run_block(int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
     Block<D> block;
     find_pieces(row0, row1, &block);
-    gather_rows(p.input, p.y, stage, in_place, elements * kMaxTileRows, &block);
+    gather_rows(p.input, p.y, stage, in_place, elements * kMaxTileRows + 8, &block);
     const int64_t pixels = block.rows * p.x.out_size;
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
@@ -110,7 +119,7 @@ struct Correlator {
       else
         multiply(block, group, panel, row0 * p.x.out_size, rows);
       if (direct) continue;
-      const Finisher<T> finisher{p, channel, columns, width};
+      const Finisher<T> finisher{p, channel, columns, width, finished};
       for (int i = 0; i < block.piece_count; ++i) finisher.run(block.pieces[i], rows);
     }
   }
@@ -127,8 +136,8 @@ struct Correlator {
       piece.own_begin = piece.begin;
       if (s.kernel_h) {
         const auto end_of = [&](int64_t out) {  // of the window of pooled row `out`
-          return max_of<int64_t>(
-              0, min_of(p.y.out_size, out * s.stride_h - s.padding_h + s.kernel_h));
+          return max_of<int64_t>(0,
+                                 min_of(p.y.out_size, out * s.stride_h - s.padding_h + s.kernel_h));
         };
         piece.begin = max_of<int64_t>(0, piece.out_begin * s.stride_h - s.padding_h);
         piece.end = end_of(piece.out_end - 1);
@@ -145,7 +154,9 @@ struct Correlator {
     }
   }
 
-  // pointers[(e - e0) * n + i]: the words of element e under pixel first + i of the block.
+  // pointers[(e - e0) * n + i]: the words of element e under pixel first + i of the block. There
+  // may be as many pointers as a tile has short reductions, so they are found eight at a time; what
+  // is written past n is overwritten by the next element.
   void find_pointers(const Block<D>& block, int64_t group, int64_t pixel, int n, int64_t e0,
                      int64_t e1, int64_t word) const {
     if (e0 == e1) return;
@@ -161,39 +172,46 @@ struct Correlator {
     }
     const D** to = block.pointers;
     const int64_t offset = group * group_words + word;
-    if (!in_place) {
-      for (int64_t e = e0; e < e1; ++e, to += n) {
-        const int64_t ty = e / row_elements, tx = (e - ty * row_elements) * element_taps;
-        const int64_t shift = tx * p.x.step * pixel_words + offset;
-        for (int i = 0; i < n; ++i) to[i] = rows[i][ty] + x[i] * pixel_words + shift;
-      }
-      return;
-    }
-    const int64_t reach = (p.x.taps - 1) * p.x.step;
-    bool inside = true;
-    for (int i = 0; i < n; ++i) inside &= x[i] >= 0 && x[i] + reach < p.x.in_size;
-    int64_t ty = e0 / p.x.taps, tx = e0 - ty * p.x.taps;
+    const int64_t last = (p.x.taps - 1) * p.x.step;
+    bool inside = true;  // no tap of any pixel lies left or right of the image
+    if (in_place)
+      for (int i = 0; i < n; ++i) inside &= x[i] >= 0 && x[i] + last < p.x.in_size;
+    const int64_t tap_words = p.x.step * element_taps * pixel_words;
+    int64_t ty = e0 / row_elements, tx = e0 - ty * row_elements;
+    const D* base[16] = {};
     for (int64_t e = e0; e < e1; ++ty, tx = 0) {
-      const int64_t count = min_of(p.x.taps - tx, e1 - e);
-      const D* base[kMaxTileRows];
-      bool none_empty = inside;
+      const int64_t count = min_of(row_elements - tx, e1 - e);
+      bool plain = inside;
       for (int i = 0; i < n; ++i) {
-        none_empty &= rows[i][ty] != block.zeros;
-        base[i] = rows[i][ty] + x[i] * pixel_words + offset;
+        const D* from = rows[i][ty];
+        plain &= !in_place || from != block.zeros;
+        base[i] = from + x[i] * pixel_words + offset;
       }
       for (int64_t j = 0; j < count; ++j, to += n) {
-        const int64_t dx = (tx + j) * p.x.step;
-        if (none_empty) {
-          for (int i = 0; i < n; ++i) to[i] = base[i] + dx * pixel_words;
+        const int64_t shift = (tx + j) * tap_words;
+        if (plain) {
+          add_to_addresses(base, shift * static_cast<int64_t>(sizeof(D)), n, to);
         } else {
+          const int64_t dx = (tx + j) * p.x.step;
           for (int i = 0; i < n; ++i) {
             const bool there =
                 rows[i][ty] != block.zeros && x[i] + dx >= 0 && x[i] + dx < p.x.in_size;
-            to[i] = there ? base[i] + dx * pixel_words : block.zeros;
+            to[i] = there ? base[i] + shift : block.zeros;
           }
         }
       }
       e += count;
+    }
+  }
+
+  // to[i] = from[i] + bytes for i < n, rounded up to 8.
+  FMK_INLINE void add_to_addresses(const D* const* from, int64_t bytes, int n, const D** to) {
+    typedef int64_t Addresses __attribute__((vector_size(64)));
+    for (int i = 0; i < n; i += 8) {
+      Addresses addresses;
+      std::memcpy(&addresses, from + i, sizeof addresses);
+      addresses += bytes;
+      std::memcpy(to + i, &addresses, sizeof addresses);
     }
   }
 
@@ -207,7 +225,8 @@ struct Correlator {
     const auto* b = static_cast<const Word<T>*>(p.weight) +
                     (group * split.padded_columns() + column) * elements * words;
     Epilogue<T> epilogue;
-    if (direct) {
+    if (finished) {
+      const int64_t channel = group * out_channels + column;
       epilogue.out = p.output;
       epilogue.ld_out = epilogue.ld_residual = groups * out_channels;
       epilogue.scale = p.scale;
@@ -215,9 +234,14 @@ struct Correlator {
       epilogue.residual = p.residual;
       epilogue.preactivation = p.preactivation;
       epilogue.activation = p.activation;
-      epilogue = epilogue
-                     .at_panel(group * out_channels + column, min_of(width, out_channels - column))
-                     .at_row(first_pixel);
+      epilogue = epilogue.at_panel(channel, min_of(width, out_channels - column));
+      if (direct) {
+        epilogue = epilogue.at_row(first_pixel);
+      } else if constexpr (std::is_same_v<T, A>) {
+        epilogue.out = rows;
+        epilogue.ld_out = width;
+        epilogue.columns = static_cast<int>(width);
+      }
     }
     // The reduction is cut so that a chunk of the panel stays in L2 while all tiles pass over it:
     // into runs of whole elements, or elements into parts.
@@ -225,9 +249,9 @@ struct Correlator {
     const int64_t parts = words > limit ? ceil_div(words, kChunkWords) : 1;
     const int64_t total = max_of<int64_t>(1, elements);
     const int64_t runs = parts > 1 ? total
-                                   : elements * words > limit
-                                         ? min_of(total, ceil_div(elements * words, kChunkWords))
-                                         : 1;
+                         : elements * words > limit
+                             ? min_of(total, ceil_div(elements * words, kChunkWords))
+                             : 1;
     const int64_t chunks = runs * parts;
     A* partial = rows;
     if (!partial && chunks > 1)
@@ -236,7 +260,7 @@ struct Correlator {
       const int64_t run = chunk / parts, part = chunk % parts;
       const int64_t e0 = elements * run / runs, e1 = elements * (run + 1) / runs;
       const int64_t w0 = words * part / parts, w1 = words * (part + 1) / parts;
-      const bool store_output = direct && chunk + 1 == chunks;
+      const bool last = finished && chunk + 1 == chunks;
       TileOperands<Mac<T>> in;
       in.rows = block.pointers;
       in.batch = e1 - e0;
@@ -248,7 +272,7 @@ struct Correlator {
         const int n = tiles.rows(t);
         find_pointers(block, group, pixel, n, e0, e1, w0);
         if (chunk > 0) in.init = partial + pixel * width;
-        if (store_output)
+        if (last)
           run_tile_with_epilogue<T, false>(n, vecs, in, epilogue.at_row(pixel));
         else
           run_tile<Mac<T>, false>(n, vecs, in,
@@ -293,8 +317,7 @@ struct Correlator {
 template <class T, class D, bool kDepthwise>
 void run(const Correlation<T>& p, const Parallel& pool) {
   const Correlator<T, D, kDepthwise> correlator(p, pool);
-  parallel_for(pool, correlator.shards,
-               [&](int64_t shard) { correlator.run_shard(shard); });
+  parallel_for(pool, correlator.shards, [&](int64_t shard) { correlator.run_shard(shard); });
 }
 
 }  // namespace

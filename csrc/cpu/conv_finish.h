@@ -69,23 +69,24 @@ template <class T>
 struct Finisher {
   using V = Vec<T>;
   using A = Acc<T>;
-  static constexpr int kStep = 16;                         // pixels handled at a time
-  static constexpr int kMaxWidth = kPanelVecs * V::W;      // of a panel
+  static constexpr int kStep = 64;                     // pixels handled at a time
+  static constexpr int kMaxWidth = kPanelVecs * V::W;  // of a panel
   const Correlation<T>& p;
   int64_t channel, columns, width;  // output channels [channel, channel + columns) of the output,
                                     // `width` numbers per pixel in the block's rows
+  bool finished;                    // the rows have been through the epilogue
 
   int64_t total_channels() const { return p.groups * p.out_channels; }
 
-  // rows: raw accumulators [conv rows][p.x.out_size][width]; overwritten.
+  // rows: accumulators [conv rows][p.x.out_size][width]; overwritten.
   void run(const Piece& piece, A* rows) const {
     const int64_t out_width = p.x.out_size;
     A* first = rows + piece.first_row * out_width * width;
     const int64_t pixels = (piece.end - piece.begin) * out_width;
-    for (int64_t i = 0; i < pixels; i += kStep) {
+    for (int64_t i = 0; i < pixels && !(finished && p.pool.kernel_h); i += kStep) {
       const int n = static_cast<int>(min_of<int64_t>(kStep, pixels - i));
       A* z = first + i * width;
-      epilogue(piece, piece.begin * out_width + i, n, z);
+      if (!finished) epilogue(piece, piece.begin * out_width + i, n, z);
       if (p.pool.kernel_h == 0) place(piece.image, piece.begin * out_width + i, n, z);
     }
     if (p.pool.kernel_h) pool(piece, first);
@@ -143,7 +144,8 @@ struct Finisher {
                   z + skip * width);
     }
     if (p.activation != Activation::kNone)
-      for (int64_t j = 0; j < n * width; j += V::W) store(z + j, activate(p.activation, load(z + j)));
+      for (int64_t j = 0; j < n * width; j += V::W)
+        store(z + j, activate(p.activation, load(z + j)));
   }
 
   // n pixels to where they belong in the output image.
@@ -153,8 +155,8 @@ struct Finisher {
       return store_run(p.output, image, pixel, pixels_per_image, n, z);
     for (int i = 0; i < n; ++i) {
       const int64_t y = (pixel + i) / p.x.out_size, x = (pixel + i) % p.x.out_size;
-      const int64_t at = (p.place_y.first + y * p.place_y.step) * p.place_x.size +
-                         p.place_x.first + x * p.place_x.step;
+      const int64_t at = (p.place_y.first + y * p.place_y.step) * p.place_x.size + p.place_x.first +
+                         x * p.place_x.step;
       store_run(p.output, image, at, pixels_per_image, 1, z + i * width);
     }
   }

@@ -48,8 +48,7 @@ void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shif
   *scale = *shift = nullptr;
   if (!p.bias && !p.scale && !p.shift) return;
   const int64_t n = p.shape.out_channels, padded = n + kVectorSlack<T>;
-  auto* terms =
-      static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
+  auto* terms = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
   Acc<T>*factors = terms + padded, *bias = factors + padded;
   widen_padded(static_cast<const T*>(p.shift), n, padded, Acc<T>(0), terms);
   widen_padded(static_cast<const T*>(p.scale), n, padded, Acc<T>(1), factors);
@@ -90,16 +89,16 @@ void forward_direct(const ConvForward& p, const Parallel& pool) {
 }
 
 void forward(const ConvForward& p, const Parallel& pool) {
-  with_type(p.shape.dtype, [&](auto* type) {
-    forward_direct<std::remove_pointer_t<decltype(type)>>(p, pool);
-  });
+  with_type(p.shape.dtype,
+            [&](auto* type) { forward_direct<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
 }  // namespace
 
 const ConvKernels& conv_kernels() {
-  static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,      &pack_weight, &forward,
-                                     &conv_backward,    &max_pool_forward, &max_pool_backward};
+  static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,  &pack_weight,
+                                     &forward,          &conv_backward, &max_pool_forward,
+                                     &max_pool_backward};
   return table;
 }
 

@@ -45,7 +45,7 @@ struct Correlation {
 };
 // Vectors per channel are read in whole vectors from any channel on.
 template <class T>
-constexpr int64_t kVectorSlack = kPanelVecs* Vec<T>::W;
+constexpr int64_t kVectorSlack = kPanelVecs * Vec<T>::W;
 
 // A weight as the correlation wants it: element (column, reduction, tap) of a group at data +
 // group * group_stride + column * column_stride + reduction * reduction_stride + tap_y * kernel_w +
@@ -73,8 +73,8 @@ void pack_correlation_weight(const WeightView<T>&, void* packed, const Parallel&
 template <class T>
 void correlate(const Correlation<T>&, const Parallel&);
 
-// grad_weight[k][c][tap] = scale[k] * sum over pixels of grad[pixel][k] * input[pixel + tap][c], and
-// the sums of grad per channel k. Results may be null.
+// grad_weight[k][c][tap] = scale[k] * sum over pixels of grad[pixel][k] * input[pixel + tap][c],
+// and the sums of grad per channel k. Results may be null.
 template <class T>
 struct WeightGradient {
   bool channels_last;

@@ -103,8 +103,7 @@ void pack_correlation_weight(const WeightView<T>& w, void* packed, const Paralle
   const auto split = PanelSplit<V>::of(w.columns);
   const int64_t length = w.y.count * w.x.count * words_of<T>(w.reduction);
   const int64_t units = w.groups * split.vecs;
-  const int64_t shards =
-      units * length * V::W < 32768 ? 1 : min_of<int64_t>(pool.threads, units);
+  const int64_t shards = units * length * V::W < 32768 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
       const int64_t group = unit / split.vecs, vec = unit % split.vecs;
@@ -119,7 +118,7 @@ void pack_correlation_weight(const WeightView<T>& w, void* packed, const Paralle
   });
 }
 
-#define FMK_INSTANTIATE(T)                                          \
+#define FMK_INSTANTIATE(T)                                        \
   template size_t packed_correlation_bytes(const WeightView<T>&); \
   template void pack_correlation_weight(const WeightView<T>&, void*, const Parallel&);
 FMK_INSTANTIATE(float)

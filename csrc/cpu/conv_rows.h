@@ -23,8 +23,8 @@ struct Block {
   int64_t rows = 0;              // of the convolution, in all pieces
   const D** table = nullptr;     // [rows][y.taps]: where the input row under a tap starts
   const D** pointers = nullptr;  // work space
-  const D* zeros = nullptr;      // what the table says where that row is padding: a row of zeros, or
-                                 // (in place) a pixel
+  const D* zeros = nullptr;  // what the table says where that row is padding: a row of zeros, or
+                             // (in place) a pixel
 };
 
 // Fills in block->table for its pieces, staging the input rows that are needed unless they are read

@@ -36,10 +36,10 @@ struct WeightGrad {
   RowStage<T, A> stage;
   PanelSplit<V> split;  // of out_channels
   int64_t rows, blocks, shards;
-  int64_t run_rows, runs;       // rows of the result per (kernel row, run): taps * channels of the
-                                // taps that lie side by side in a staged row
-  int64_t panel_rows;           // of the result: taps * channels
-  int64_t buffer;               // numbers in a thread's buffer: the products, then the sums
+  int64_t run_rows, runs;  // rows of the result per (kernel row, run): taps * channels of the
+                           // taps that lie side by side in a staged row
+  int64_t panel_rows;      // of the result: taps * channels
+  int64_t buffer;          // numbers in a thread's buffer: the products, then the sums
   A* buffers;
 
   WeightGrad(const WeightGradient<T>& problem, const Parallel& pool) : p(problem) {
@@ -47,8 +47,7 @@ struct WeightGrad {
     groups = depthwise ? 1 : p.groups;
     channels = depthwise ? p.groups : p.channels;
     out_channels = depthwise ? p.groups : p.out_channels;
-    stage = {p.channels_last, groups,     channels,  p.y.in_size,
-             p.x.in_size,     p.x.offset, p.x.span()};
+    stage = {p.channels_last, groups, channels, p.y.in_size, p.x.in_size, p.x.offset, p.x.span()};
     split = PanelSplit<V>::of(out_channels);
     const bool joined = p.x.step == 1 || p.x.taps == 1;
     run_rows = joined ? p.x.taps * channels : channels;
@@ -60,8 +59,8 @@ struct WeightGrad {
     int64_t per_block = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, p.x.out_size));
     per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, p.y.out_size));
     blocks = ceil_div(rows, per_block);
-    const double flops = 2.0 * static_cast<double>(rows * p.x.out_size) *
-                         static_cast<double>(buffer);
+    const double flops =
+        2.0 * static_cast<double>(rows * p.x.out_size) * static_cast<double>(buffer);
     shards = flops < kSerialFlops ? 1 : pool.threads;
     shards = min_of(shards, max_of<int64_t>(1, kMaxBufferBytes / (buffer * int64_t(sizeof(A)))));
     shards = max_of<int64_t>(1, min_of(shards, blocks));
@@ -164,8 +163,8 @@ struct WeightGrad {
     for (int64_t t = 0; t < tiles.tiles; ++t)
       for (int64_t ty = 0; ty < p.y.taps; ++ty)
         for (int64_t run = 0; run < runs; ++run) {
-          const int64_t offset = group * stage.group_words() +
-                                 run * p.x.step * channels + tiles.begin(t);
+          const int64_t offset =
+              group * stage.group_words() + run * p.x.step * channels + tiles.begin(t);
           for (int64_t row = 0; row < block.rows; ++row)
             block.pointers[row] = block.table[row * p.y.taps + ty] + offset;
           A* to = products + ((ty * runs + run) * run_rows + tiles.begin(t)) * width;
@@ -185,8 +184,8 @@ struct WeightGrad {
           const int64_t taps = min_of(kTaps, p.x.taps - tx);
           V sum[kTaps] = {zero<V>(), zero<V>(), zero<V>(), zero<V>()};
           for (int64_t row = 0; row < block.rows; ++row) {
-            const A* from = block.table[row * p.y.taps + ty] +
-                            tx * p.x.step * channels + column + j;
+            const A* from =
+                block.table[row * p.y.taps + ty] + tx * p.x.step * channels + column + j;
             const A* grad = grads + row * p.x.out_size * width + j;
             const int64_t tap_step = p.x.step * channels;
             for (int64_t x = 0; x < p.x.out_size;
@@ -224,8 +223,8 @@ struct WeightGrad {
     const int64_t column = vec * V::W, valid = min_of<int64_t>(V::W, out_channels - column);
     const int64_t channel = group * out_channels + column;
     const V scale = p.scale ? load(p.scale + channel, static_cast<int>(valid)) : splat_as<V>(1);
-    const V sum = total(buffer - groups * split.padded_columns() +
-                        group * split.padded_columns() + column);
+    const V sum =
+        total(buffer - groups * split.padded_columns() + group * split.padded_columns() + column);
     if (p.grad_shift) store(p.grad_shift + channel, sum, static_cast<int>(valid));
     if (p.grad_bias) store(p.grad_bias + channel, sum * scale, static_cast<int>(valid));
     if (!p.grad_weight) return;

@@ -141,8 +141,8 @@ void forward_typed(const MaxPool& m, const T* input, T* output, uint8_t* argmax,
 }
 
 // The windows that may hold input position `at` along one axis: outputs [first, last).
-FMK_INLINE void windows_over(int64_t at, int64_t padding, int64_t reach, int64_t stride, int64_t out,
-                             int64_t* first, int64_t* last) {
+FMK_INLINE void windows_over(int64_t at, int64_t padding, int64_t reach, int64_t stride,
+                             int64_t out, int64_t* first, int64_t* last) {
   const int64_t start = at + padding;  // output o covers [o * stride, o * stride + reach]
   *first = start > reach ? ceil_div(start - reach, stride) : 0;
   *last = min_of(out, start / stride + 1);
@@ -182,25 +182,62 @@ void unpool_pixels(const MaxPool& m, int64_t base, const T* grad, const T* relu,
         const int64_t to = x + j * s.dilation_w;
         if (to < 0 || to >= m.width) continue;
         const V here = splat(static_cast<A>(base + j));
-        const V part = select(less(position, here), zero<V>(),
-                              select(less(here, position), zero<V>(), value));
+        const V part =
+            select(less(position, here), zero<V>(), select(less(here, position), zero<V>(), value));
         A* sum = sums + to * m.channels + c;
         store(sum, load(sum) + part);  // past the last channel: zeros, in the slack of the row
       }
     }
   }
 }
+#if defined(__AVX512F__)
+// a0 b0 a1 b1 ...
+FMK_INLINE void store_interleaved(float* p, VecF a, VecF b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a.v, low, b.v));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(a.v, high, b.v));
+}
+#endif
+template <class V>
+FMK_INLINE void store_interleaved(typename V::Elem* p, V a, V b) {
+  typename V::Elem even[V::W], odd[V::W];
+  store(even, a);
+  store(odd, b);
+  for (int i = 0; i < V::W; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+}
+
+// No branches on positions: they are as good as random.
 template <class T>
 void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const T* relu,
                   const uint8_t* positions, Acc<T>* sums) {
+  using V = Vec<T>;
+  using A = Acc<T>;
   const PoolShape& s = m.pool;
-  for (int64_t column = 0; column < s.out_width; ++column) {
-    const int64_t j = positions[column] - base;
-    if (j < 0 || j >= s.kernel_w) continue;
-    const int64_t to = column * s.stride_w - s.padding_w + j * s.dilation_w;
-    if (to < 0 || to >= m.width) continue;
-    if (relu && widen(relu[column]) <= 0) continue;
-    sums[to] += widen(grad[column]);
+  const bool halves = s.kernel_w == 2 && s.stride_w == 2 && s.dilation_w == 1 && s.padding_w == 0;
+  for (int64_t column = 0; column < s.out_width; column += V::W) {
+    const int lanes = static_cast<int>(min_of<int64_t>(V::W, s.out_width - column));
+    V value = load(grad + column, lanes);
+    if (relu) value = value * activate_grad(Activation::kRelu, load(relu + column, lanes));
+    const V position = load_positions<V>(positions + column, lanes);
+    const auto part = [&](int64_t j) FMK_LAMBDA {
+      const V here = splat(static_cast<A>(base + j));
+      return select(less(position, here), zero<V>(),
+                    select(less(here, position), zero<V>(), value));
+    };
+    if (halves && s.kernel_h <= s.stride_h) {  // one window over each position
+      store_interleaved(sums + 2 * column, part(0), part(1));
+      continue;
+    }
+    for (int64_t j = 0; j < s.kernel_w; ++j) {
+      A parts[V::W];
+      store(parts, part(j));
+      const int64_t x = column * s.stride_w - s.padding_w + j * s.dilation_w;
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t to = x + i * s.stride_w;
+        if (to >= 0 && to < m.width) sums[to] += parts[i];
+      }
+    }
   }
 }
 
@@ -218,8 +255,8 @@ void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, const
   const int64_t planes = m.channels_last ? m.batch : m.batch * m.channels;
   for_rows(planes, m.height, work, pool, [&](int64_t plane, int64_t y) {
     const int64_t row_size = m.width * lane_step;
-    auto* sums = static_cast<A*>(scratch_bytes(Scratch::kTile, (row_size + V::W) * sizeof(A)));
-    std::memset(static_cast<void*>(sums), 0, (row_size + V::W) * sizeof(A));
+    auto* sums = static_cast<A*>(scratch_bytes(Scratch::kTile, (row_size + 3 * V::W) * sizeof(A)));
+    std::memset(static_cast<void*>(sums), 0, (row_size + 3 * V::W) * sizeof(A));
     int64_t first, last;
     windows_over(y, s.padding_h, reach_h, s.stride_h, s.out_height, &first, &last);
     for (int64_t row = first; row < last; ++row) {

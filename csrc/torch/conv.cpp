@@ -156,8 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   check_parameter(bias, "bias", input, {c.shape.out_channels});
   check_parameter(scale, "scale", input, {c.shape.out_channels});
   check_parameter(shift, "shift", input, {c.shape.out_channels});
-  if (residual)
-    check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
+  if (residual) check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
   const ConvKernels& kernels = conv_kernels();
 
   ConvForward p{};
@@ -168,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
     const ConvAlgorithm packed = packed_algorithm(*packed_weight);
     // A weight packed for Winograd is of no use to an exact call, which packs its own.
     const bool usable = !exact || packed == ConvAlgorithm::kDirect;
-    const void* panels = panels_of(packed_weight, header_of(c.shape, packed),
-                                   kernels.packed_bytes(c.shape, packed));
+    const void* panels =
+        panels_of(packed_weight, header_of(c.shape, packed), kernels.packed_bytes(c.shape, packed));
     if (usable) {
       p.algorithm = packed;
       p.packed_weight = panels;
@@ -274,13 +273,13 @@ PoolShape check_window(const Ints& kernel, const Ints& stride, const Ints& paddi
   check_values(dilation, "dilation", 2, 1);
   FMK_CHECK(kernel[0] <= 256 && kernel[1] <= 256 && kernel[0] * kernel[1] <= 256,
             "kernel_size: a window holds at most 256 elements");
-  return {kernel[0],  kernel[1],  stride[0],   stride[1],   padding[0],
-          padding[1], dilation[0], dilation[1], 0,           0};
+  return {kernel[0],  kernel[1],   stride[0],   stride[1], padding[0],
+          padding[1], dilation[0], dilation[1], 0,         0};
 }
 
 // As places(); with ceil_mode a window that starts inside and reaches over the end counts, too.
-int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
-                    int64_t dilation, bool ceil_mode) {
+int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                    bool ceil_mode) {
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
   if (!ceil_mode || room < 0) return places(size, kernel, stride, padding, dilation);
   const int64_t count = (room + stride - 1) / stride + 1;
@@ -299,7 +298,8 @@ std::tuple<Tensor, Tensor> max_pool2d_forward(const Tensor& input, const Ints& k
   MaxPool m = describe(input, channels_last, shape_of(input),
                        check_window(kernel_size, stride, padding, dilation));
   PoolShape& q = m.pool;
-  q.out_height = pooled_size(m.height, q.kernel_h, q.stride_h, q.padding_h, q.dilation_h, ceil_mode);
+  q.out_height =
+      pooled_size(m.height, q.kernel_h, q.stride_h, q.padding_h, q.dilation_h, ceil_mode);
   q.out_width = pooled_size(m.width, q.kernel_w, q.stride_w, q.padding_w, q.dilation_w, ceil_mode);
   FMK_CHECK(q.out_height > 0 && q.out_width > 0, "input: smaller than the window");
   const Ints size{m.batch, m.channels, q.out_height, q.out_width};
