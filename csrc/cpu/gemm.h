@@ -20,9 +20,13 @@ struct TileOperands {
   using Word = typename Mac::Word;
   using Elem = typename Mac::V::Elem;
 
-  const Word* const* rows = nullptr;  // row-major A: pointers [batch][MR]
-  const Word* a = nullptr;  // reduction-major A: word k of row i at a[k * lda + i], a single batch
-                            // element; null: batch element b has its own, rows[b] instead of a
+  // Row-major A: the rows of every batch element, [batch][MR]; with a batch_step those of the first
+  // element, [MR], each next one lying batch_step words on.
+  const Word* const* rows = nullptr;
+  int64_t batch_step = 0;
+  // Reduction-major A: word k of row i at a[k * lda + i], a single batch element; null: batch
+  // element b has its own, rows[b] instead of a.
+  const Word* a = nullptr;
   int64_t lda = 0;
   int64_t batch = 1;
   int64_t words = 0;           // reduction length of one batch element
@@ -30,6 +34,7 @@ struct TileOperands {
   int64_t ldb = 0;             // 0: NV * W, a dense panel
   const Elem* init = nullptr;  // [MR][ld_init] start values; null: zero
   int64_t ld_init = 0;
+  int64_t init_vec_step = Mac::V::W;  // from one vector of a row's start values to the next
 };
 
 // A fused multiply-add takes several cycles, so a tile of few accumulators would wait for itself:
@@ -44,14 +49,15 @@ template <int MR, int NV>
 constexpr int kPartialSums =
     MR * NV >= kWantedChains ? 1 : (MR * NV * 4 >= kWantedChains ? kWantedChains / (MR * NV) : 4);
 
-// acc += A B over `words` words of MR rows; the accumulators of a tile, in kPartialSums sets.
+// acc += A B over `words` words of MR rows, from word `first` of each on; the accumulators of a
+// tile, in kPartialSums sets.
 template <class Mac, int MR, int NV, int kSums>
 FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
                                 const typename Mac::Word* const* rows, int64_t words,
-                                const typename Mac::Word* b, int64_t ldb) {
+                                const typename Mac::Word* b, int64_t ldb, int64_t first = 0) {
   using V = typename Mac::V;
   const typename Mac::Word* row[MR];
-  FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i];
+  FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i] + first;
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
@@ -70,12 +76,13 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
 }
 
 template <class V, int kSums, int MR, int NV>
-FMK_INLINE void start_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init) {
+FMK_INLINE void start_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init,
+                           int64_t init_vec_step = V::W) {
   FMK_UNROLL for (int s = 0; s < kSums; ++s) FMK_UNROLL for (int i = 0; i < MR; ++i)
       FMK_UNROLL for (int j = 0; j < NV; ++j) acc[s][i][j] = zero<V>();
   if (init) {
     FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] =
-        load(init + i * ld_init + j * V::W);
+        load(init + i * ld_init + j * init_vec_step);
   }
 }
 template <class V, int kSums, int MR, int NV>
@@ -90,7 +97,7 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   using Word = typename Mac::Word;
   constexpr int kSums = kReductionMajor ? 1 : kPartialSums<MR, NV>;
   V acc[kSums][MR][NV];
-  start_sums(acc, in.init, in.ld_init);
+  start_sums(acc, in.init, in.ld_init, in.init_vec_step);
   const Word* b = in.b;
   const int64_t words = in.words, ldb = in.ldb ? in.ldb : NV * V::W;
   if constexpr (kReductionMajor) {
@@ -109,8 +116,9 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
     }
   } else {
     const Word* const* rows = in.rows;
-    for (int64_t element = 0; element < in.batch; ++element, rows += MR, b += words * ldb)
-      accumulate_rows<Mac>(acc, rows, words, b, ldb);
+    const int64_t rows_step = in.batch_step ? 0 : MR;
+    for (int64_t element = 0; element < in.batch; ++element, rows += rows_step, b += words * ldb)
+      accumulate_rows<Mac>(acc, rows, words, b, ldb, element * in.batch_step);
     add_sums(acc);
   }
   finish.template run<MR, NV>(acc[0]);
