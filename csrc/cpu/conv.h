@@ -21,7 +21,6 @@ namespace fmk {
 enum class ConvAlgorithm : int32_t {
   kDirect = 0,     // implicit GEMM
   kWinograd4 = 1,  // F(4x4, 3x3)
-  kWinograd2 = 2,  // F(2x2, 3x3)
 };
 
 struct ConvShape {
@@ -64,6 +63,7 @@ struct ConvForward {
 struct ConvBackward {
   ConvShape shape;
   PoolShape pool;
+  bool exact;               // no Winograd
   const void* grad_output;  // shaped like the forward's output
   const void* input;        // read for grad_weight
   const void* weight;       // read for grad_input

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cpu/conv_internal.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
@@ -93,6 +93,25 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
   c.input = grad;
   c.activation = Activation::kNone;
   c.output = static_cast<T*>(p.grad_input);
+  if constexpr (sizeof(T) <= 4) {
+    // The same convolution seen from the other side.
+    ConvShape turned = s;
+    turned.channels = s.out_channels;
+    turned.out_channels = s.channels;
+    turned.out_height = s.height;
+    turned.out_width = s.width;
+    if (!p.exact && winograd_pays(turned)) {
+      view.y = view.x = {2, -1, 3};
+      c.y = {s.out_height, s.height, 3, 1, s.padding_h - 2, 1};
+      c.x = {s.out_width, s.width, 3, 1, s.padding_w - 2, 1};
+      c.place_y = {s.height, 0, 1};
+      c.place_x = {s.width, 0, 1};
+      void* packed = scratch_bytes(Scratch::kCall, packed_winograd_bytes(view));
+      pack_winograd_weight(view, packed, pool);
+      c.weight = packed;
+      return correlate_winograd(c, pool);
+    }
+  }
   for (int64_t y = 0; y < min_of(s.stride_h, s.height); ++y)
     for (int64_t x = 0; x < min_of(s.stride_w, s.width); ++x) {
       const auto rows = ResidueClass::of(y, s.height, s.out_height, s.kernel_h, s.stride_h,

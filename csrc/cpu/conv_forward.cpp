@@ -2,13 +2,23 @@
 
 #include <type_traits>
 
-#include "cpu/conv_internal.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
 namespace {
 
-ConvAlgorithm choose_algorithm(const ConvShape&, bool) { return ConvAlgorithm::kDirect; }
+ConvAlgorithm choose_algorithm(const ConvShape& s, bool exact) {
+  return !exact && winograd_pays(s) ? ConvAlgorithm::kWinograd4 : ConvAlgorithm::kDirect;
+}
+
+// Calls body with a null pointer of a type that Winograd is compiled for: all but double.
+template <class Body>
+FMK_INLINE void with_winograd_type(DType dtype, const Body& body) {
+  with_type(dtype, [&](auto* type) {
+    if constexpr (sizeof(*type) <= 4) body(type);
+  });
+}
 
 template <class T>
 WeightView<T> weight_view(const ConvShape& s, const T* weight) {
@@ -27,18 +37,30 @@ WeightView<T> weight_view(const ConvShape& s, const T* weight) {
   return view;
 }
 
-size_t packed_bytes(const ConvShape& s, ConvAlgorithm) {
+size_t packed_bytes(const ConvShape& s, ConvAlgorithm algorithm) {
   size_t bytes = 0;
-  with_type(s.dtype, [&](auto* type) { bytes = packed_correlation_bytes(weight_view(s, type)); });
+  if (algorithm == ConvAlgorithm::kWinograd4) {
+    with_winograd_type(s.dtype,
+                       [&](auto* type) { bytes = packed_winograd_bytes(weight_view(s, type)); });
+  } else {
+    with_type(s.dtype, [&](auto* type) { bytes = packed_correlation_bytes(weight_view(s, type)); });
+  }
   return bytes;
 }
 
-void pack_weight(const ConvShape& s, ConvAlgorithm, const void* weight, void* packed,
+void pack_weight(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, void* packed,
                  const Parallel& pool) {
-  with_type(s.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
-  });
+  if (algorithm == ConvAlgorithm::kWinograd4) {
+    with_winograd_type(s.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      pack_winograd_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
+    });
+  } else {
+    with_type(s.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
+    });
+  }
 }
 
 // scale * (conv + bias) + shift as one factor and one term per channel, null where there is nothing
@@ -59,8 +81,10 @@ void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shif
 }
 
 template <class T>
-void forward_direct(const ConvForward& p, const Parallel& pool) {
+void forward_typed(const ConvForward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
+  const bool pool_fits = p.pool.kernel_h == 0 || p.pool.stride_h <= kWinogradMaxPoolStride;
+  const ConvAlgorithm algorithm = pool_fits ? p.algorithm : ConvAlgorithm::kDirect;
   Correlation<T> c{};
   c.channels_last = s.channels_last;
   c.batch = s.batch;
@@ -72,10 +96,10 @@ void forward_direct(const ConvForward& p, const Parallel& pool) {
   c.place_y = {s.out_height, 0, 1};
   c.place_x = {s.out_width, 0, 1};
   c.input = static_cast<const T*>(p.input);
-  c.weight = p.packed_weight;
+  c.weight = algorithm == p.algorithm ? p.packed_weight : nullptr;
   if (!c.weight) {
-    void* packed = scratch_bytes(Scratch::kCall, packed_bytes(s, ConvAlgorithm::kDirect));
-    pack_weight(s, ConvAlgorithm::kDirect, p.weight, packed, pool);
+    void* packed = scratch_bytes(Scratch::kCall, packed_bytes(s, algorithm));
+    pack_weight(s, algorithm, p.weight, packed, pool);
     c.weight = packed;
   }
   fold_affine<T>(p, &c.scale, &c.shift);
@@ -85,12 +109,15 @@ void forward_direct(const ConvForward& p, const Parallel& pool) {
   c.preactivation = static_cast<T*>(p.preactivation);
   c.pool = p.pool;
   c.argmax = p.argmax;
+  if constexpr (sizeof(T) <= 4) {
+    if (algorithm == ConvAlgorithm::kWinograd4) return correlate_winograd(c, pool);
+  }
   correlate(c, pool);
 }
 
 void forward(const ConvForward& p, const Parallel& pool) {
   with_type(p.shape.dtype,
-            [&](auto* type) { forward_direct<std::remove_pointer_t<decltype(type)>>(p, pool); });
+            [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
 }  // namespace

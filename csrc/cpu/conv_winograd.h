@@ -8,10 +8,16 @@
 
 namespace fmk::FMK_ISA {
 
-// Whether a 3 x 3 correlation is expected to be faster this way: the transforms cost in proportion
-// to C + K, the products that they save in proportion to C * K.
-FMK_INLINE bool winograd_pays(int64_t channels, int64_t out_channels) {
-  return channels >= 32 && out_channels >= 32 && channels % 16 == 0;
+// Whether a convolution of this shape has the form, and is expected to be faster in it. The
+// transforms of input and output cost in proportion to C + K, the weight's to C * K, the products
+// that are saved to C * K * pixels. Pixels may be unknown (0): then the weight is being packed for
+// many uses.
+FMK_INLINE bool winograd_pays(const ConvShape& s) {
+  const bool form = s.dtype != DType::kF64 && s.groups == 1 && s.kernel_h == 3 && s.kernel_w == 3 &&
+                    s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  return form && s.channels >= 32 && s.out_channels >= 32 && s.channels % 16 == 0 &&
+         (pixels == 0 || pixels >= 256);
 }
 // Strides up to this of a fused pool are supported.
 constexpr int64_t kWinogradMaxPoolStride = 4;

@@ -141,7 +141,7 @@ ConvAlgorithm packed_algorithm(const Tensor& packed) {
                 packed.numel() >= static_cast<int64_t>(sizeof header),
             "packed_weight: expected the result of conv2d_pack_weight");
   std::memcpy(&header, packed.const_data_ptr(), sizeof header);
-  FMK_CHECK(header.algorithm >= 0 && header.algorithm <= 2, "packed_weight: damaged");
+  FMK_CHECK(header.algorithm >= 0 && header.algorithm <= 1, "packed_weight: damaged");
   return static_cast<ConvAlgorithm>(header.algorithm);
 }
 
@@ -165,8 +165,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   p.algorithm = kernels.choose_algorithm(c.shape, exact);
   if (packed_weight) {
     const ConvAlgorithm packed = packed_algorithm(*packed_weight);
-    // A weight packed for Winograd is of no use to an exact call, which packs its own.
-    const bool usable = !exact || packed == ConvAlgorithm::kDirect;
+    // What was packed for Winograd fits its form only, and is of no use to an exact call.
+    ConvShape any_size = c.shape;
+    any_size.batch = 0;
+    const bool usable =
+        packed == ConvAlgorithm::kDirect || kernels.choose_algorithm(any_size, exact) == packed;
     const void* panels =
         panels_of(packed_weight, header_of(c.shape, packed), kernels.packed_bytes(c.shape, packed));
     if (usable) {
@@ -200,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
     const OptionalTensor& scale, const Tensor& output, const Tensor& saved, const Tensor& argmax,
     const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
     const std::optional<std::string>& activation, const Ints& pool, bool need_input,
-    bool need_weight, bool need_bias, bool need_shift, bool need_residual, bool /* exact */) {
+    bool need_weight, bool need_bias, bool need_shift, bool need_residual, bool exact) {
   const Conv c = check_conv(input, weight, stride, padding, dilation, groups, pool);
   const bool channels_last = c.shape.channels_last;
   const ScalarType dtype = input.scalar_type();
@@ -210,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   ConvBackward p{};
   p.shape = c.shape;
   p.pool = c.pool;
+  p.exact = exact;
   p.activation = activation_from(activation);
   if (needs_preactivation(p.activation)) {
     check_image(saved, "saved", dtype, c.conv_size, channels_last);
