@@ -91,4 +91,33 @@ FMK_INLINE double lstm_flops(const LstmShape& s) {
          static_cast<double>(s.hidden_size) * static_cast<double>(s.input_size + s.hidden_size);
 }
 
+// --- shared by the backward pass and its weight gradients ---
+
+// Rows (t, b) of X, dG and dX are numbered as they lie in the caller's layout.
+FMK_INLINE int64_t row_index(const LstmBackward& p, int64_t t, int64_t b) {
+  return p.batch_first ? b * p.shape.steps + t : t * p.shape.batch + b;
+}
+
+template <class T>
+struct Workspace {
+  using V = Vec<T>;
+
+  T* grad_gates;       // dG: [rows][D][4H]
+  Word<T>* hh_panels;  // per direction W_hh [4H][H] in panels over H
+  Word<T>* ih_panels;  // W_ih of all directions, one reduction of D * 4H, in panels over I
+  int64_t hh_direction_words;
+
+  FMK_INLINE Workspace of(const LstmBackward& p, Arena& arena) {
+    const LstmShape& s = p.shape;
+    const int64_t rows = s.steps * s.batch, gates = 4 * s.hidden_size;
+    Workspace w;
+    w.grad_gates = arena.take<T>(rows * s.directions * gates);
+    w.hh_direction_words = packed_words<T>(s.hidden_size, gates);
+    w.hh_panels = arena.take<Word<T>>(s.directions * w.hh_direction_words);
+    w.ih_panels =
+        arena.take<Word<T>>(p.grad_input ? packed_words<T>(s.input_size, s.directions * gates) : 0);
+    return w;
+  }
+};
+
 }  // namespace fmk::FMK_ISA
