@@ -23,7 +23,7 @@ void pack_panel(const T* matrix, int64_t n, int64_t k, int64_t panel, int64_t wo
 }
 
 template <class T>
-void pack_weights(const LstmBackward& p, const Workspace<T>& w, double flops,
+void pack_weights(const LstmBackward& p, const BackwardWorkspace<T>& w, double flops,
                   const Parallel& pool) {
   const LstmShape& s = p.shape;
   const int64_t gates = 4 * s.hidden_size, words = words_of<T>(gates);
@@ -127,7 +127,7 @@ class BackwardRun {
   using V = Vec<T>;
   static constexpr int W = V::W;
 
-  FMK_LAMBDA BackwardRun(const LstmBackward& problem, const Workspace<T>& workspace,
+  FMK_LAMBDA BackwardRun(const LstmBackward& problem, const BackwardWorkspace<T>& workspace,
                          int64_t direction, int64_t first_row, int64_t row_count, Acc<T>* grad_bias)
       : p(problem),
         w(workspace),
@@ -161,7 +161,7 @@ class BackwardRun {
 
  private:
   const LstmBackward& p;
-  const Workspace<T>& w;
+  const BackwardWorkspace<T>& w;
   const PanelSplit<V> split;
   const int64_t d, row0, rows;
   Acc<T>* grad_bias_;
@@ -276,7 +276,8 @@ class BackwardRun {
 
 // All dG and the gradients of h0, c0 and the biases.
 template <class T>
-void time_loop(const LstmBackward& p, const Workspace<T>& w, double flops, const Parallel& pool) {
+void time_loop(const LstmBackward& p, const BackwardWorkspace<T>& w, double flops,
+               const Parallel& pool) {
   const int64_t gates = 4 * p.shape.hidden_size;
   const auto items = SequenceItems::of(p.shape, flops, pool);
   auto* grad_bias = static_cast<Acc<T>*>(
@@ -298,7 +299,7 @@ void time_loop(const LstmBackward& p, const Workspace<T>& w, double flops, const
 }
 
 template <class T>
-void input_gradient(const LstmBackward& p, const Workspace<T>& w, const Parallel& pool) {
+void input_gradient(const LstmBackward& p, const BackwardWorkspace<T>& w, const Parallel& pool) {
   const LstmShape& s = p.shape;
   GemmProblem<T> g;
   g.m = s.steps * s.batch;
@@ -315,7 +316,7 @@ void input_gradient(const LstmBackward& p, const Workspace<T>& w, const Parallel
 template <class T>
 void backward_typed(const LstmBackward& p, const Parallel& pool) {
   Arena arena{static_cast<char*>(p.workspace)};
-  const auto w = Workspace<T>::of(p, arena);
+  const auto w = BackwardWorkspace<T>::of(p, arena);
   const double flops = lstm_flops(p.shape);
   pack_weights(p, w, flops, pool);
   time_loop(p, w, flops, pool);
@@ -354,7 +355,7 @@ class Widened {
       place(arena, 4 * H, wide.grad_weights[d].b_hh);
     }
     wide.workspace = arena.base ? arena.base + arena.used : nullptr;
-    Workspace<float>::of(wide, arena);
+    BackwardWorkspace<float>::of(wide, arena);
   }
 
   void run(const Parallel& pool) const {
@@ -425,7 +426,7 @@ size_t lstm_backward_workspace(const LstmBackward& p) {
   with_type(p.shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (kWordsInPlace<T>)
-      Workspace<T>::of(p, arena);
+      BackwardWorkspace<T>::of(p, arena);
     else
       Widened<T>(p, arena);
   });

@@ -99,7 +99,7 @@ FMK_INLINE int64_t row_index(const LstmBackward& p, int64_t t, int64_t b) {
 }
 
 template <class T>
-struct Workspace {
+struct BackwardWorkspace {
   using V = Vec<T>;
 
   T* grad_gates;       // dG: [rows][D][4H]
@@ -107,10 +107,10 @@ struct Workspace {
   Word<T>* ih_panels;  // W_ih of all directions, one reduction of D * 4H, in panels over I
   int64_t hh_direction_words;
 
-  FMK_INLINE Workspace of(const LstmBackward& p, Arena& arena) {
+  FMK_INLINE BackwardWorkspace of(const LstmBackward& p, Arena& arena) {
     const LstmShape& s = p.shape;
     const int64_t rows = s.steps * s.batch, gates = 4 * s.hidden_size;
-    Workspace w;
+    BackwardWorkspace w;
     w.grad_gates = arena.take<T>(rows * s.directions * gates);
     w.hh_direction_words = packed_words<T>(s.hidden_size, gates);
     w.hh_panels = arena.take<Word<T>>(s.directions * w.hh_direction_words);

@@ -20,7 +20,7 @@ class WeightGradientRun {
   // L2.
   static constexpr int64_t kBlockRows = 256, kChunk = 256;
 
-  FMK_LAMBDA WeightGradientRun(const LstmBackward& problem, const Workspace<T>& workspace,
+  FMK_LAMBDA WeightGradientRun(const LstmBackward& problem, const BackwardWorkspace<T>& workspace,
                                int64_t direction, int64_t first_gate, int64_t gate_count)
       : p(problem), w(workspace), d(direction), gate0(first_gate), gates(gate_count) {}
 
@@ -52,7 +52,7 @@ class WeightGradientRun {
     const T* rows[kChunk];
   };
   const LstmBackward& p;
-  const Workspace<T>& w;
+  const BackwardWorkspace<T>& w;
   const int64_t d, gate0, gates;
   Part parts_[2];
   Word<T>* grad_gates_;  // [words][ld()] of the chunk
@@ -129,7 +129,7 @@ class WeightGradientRun {
 };
 
 template <class T>
-void weight_gradients(const LstmBackward& p, const Workspace<T>& w, double flops,
+void weight_gradients(const LstmBackward& p, const BackwardWorkspace<T>& w, double flops,
                       const Parallel& pool) {
   const LstmShape& s = p.shape;
   const int64_t gates = 4 * s.hidden_size;
