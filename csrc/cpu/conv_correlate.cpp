@@ -56,8 +56,7 @@ struct Correlator {
     words = channel_words * element_taps;
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
-    direct = !kDepthwise && p.channels_last && p.pool.kernel_h == 0 && p.place_y.step == 1 &&
-             p.place_x.step == 1;
+    direct = p.channels_last && p.pool.kernel_h == 0 && p.place_y.step == 1 && p.place_x.step == 1;
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation);
     divide(pool);
@@ -106,6 +105,12 @@ struct Correlator {
     find_pieces(row0, row1, &block);
     gather_rows(p.input, p.y, stage, in_place, elements * kMaxTileRows + 8, &block);
     const int64_t pixels = block.rows * p.x.out_size;
+    if constexpr (kDepthwise) {
+      if (direct) {
+        const int64_t end = split.column(panel1 - 1) + split.width_vecs(panel1 - 1) * V::W;
+        return multiply_channels(block, split.column(panel0), end, row0 * p.x.out_size, nullptr);
+      }
+    }
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
@@ -115,7 +120,7 @@ struct Correlator {
       if (!direct)
         rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
       if constexpr (kDepthwise)
-        multiply_channels(block, column, width, rows);
+        multiply_channels(block, column, column + width, 0, rows);
       else
         multiply(block, group, panel, row0 * p.x.out_size, rows);
       if (direct) continue;
@@ -215,6 +220,18 @@ struct Correlator {
     }
   }
 
+  Epilogue<T> output_epilogue() const {
+    Epilogue<T> epilogue;
+    epilogue.out = p.output;
+    epilogue.ld_out = epilogue.ld_residual = groups * out_channels;
+    epilogue.scale = p.scale;
+    epilogue.shift = p.shift;
+    epilogue.residual = p.residual;
+    epilogue.preactivation = p.preactivation;
+    epilogue.activation = p.activation;
+    return epilogue;
+  }
+
   // One panel of the block's pixels, to the output or, raw, to rows[pixels][width].
   void multiply(const Block<D>& block, int64_t group, int64_t panel, int64_t first_pixel,
                 A* rows) const {
@@ -226,15 +243,8 @@ struct Correlator {
                     (group * split.padded_columns() + column) * elements * words;
     Epilogue<T> epilogue;
     if (finished) {
-      const int64_t channel = group * out_channels + column;
-      epilogue.out = p.output;
-      epilogue.ld_out = epilogue.ld_residual = groups * out_channels;
-      epilogue.scale = p.scale;
-      epilogue.shift = p.shift;
-      epilogue.residual = p.residual;
-      epilogue.preactivation = p.preactivation;
-      epilogue.activation = p.activation;
-      epilogue = epilogue.at_panel(channel, min_of(width, out_channels - column));
+      epilogue = output_epilogue().at_panel(group * out_channels + column,
+                                            min_of(width, out_channels - column));
       if (direct) {
         epilogue = epilogue.at_row(first_pixel);
       } else if constexpr (std::is_same_v<T, A>) {
@@ -281,32 +291,47 @@ struct Correlator {
     }
   }
 
-  // Depthwise: rows[pixel][width] = sum over taps of input[pixel + tap] * weight[tap], per channel.
-  void multiply_channels(const Block<D>& block, int64_t channel, int64_t width, A* rows) const {
+  // Depthwise, channels [begin, end) of the block's pixels: sum over taps of input[pixel + tap] *
+  // weight[tap], to the output or, raw, to rows[pixels][end - begin].
+  void multiply_channels(const Block<D>& block, int64_t begin, int64_t end, int64_t first_pixel,
+                         A* rows) const {
     constexpr int kPixels = 4;
-    const int64_t pixels = block.rows * p.x.out_size;
-    const A* weight = static_cast<const A*>(p.weight) + channel;
-    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels, rows += kPixels * width) {
+    const int64_t pixels = block.rows * p.x.out_size, step = split.padded_columns();
+    const auto* weight = static_cast<const A*>(p.weight);
+    Epilogue<T> epilogue;
+    if (direct) epilogue = output_epilogue().at_row(first_pixel);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
       const int n = static_cast<int>(min_of<int64_t>(kPixels, pixels - pixel));
-      find_pointers(block, 0, pixel, n, 0, elements, channel);
-      for (int64_t j = 0; j < width; j += V::W) {
-        const A* w = weight + j;
+      find_pointers(block, 0, pixel, n, 0, elements, 0);
+      for (int64_t channel = begin; channel < end; channel += V::W) {
+        const A* w = weight + channel;
         const D* const* from = block.pointers;
+        V sum[kPixels][1] = {{zero<V>()}, {zero<V>()}, {zero<V>()}, {zero<V>()}};
         if (n == kPixels) {
-          V sum[kPixels] = {zero<V>(), zero<V>(), zero<V>(), zero<V>()};
-          for (int64_t e = 0; e < elements; ++e, w += split.padded_columns(), from += kPixels) {
+          for (int64_t e = 0; e < elements; ++e, w += step, from += kPixels) {
             const V factor = load(w);
-            FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i] =
-                fma(load(reinterpret_cast<const A*>(from[i]) + j), factor, sum[i]);
+            FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] =
+                fma(load(reinterpret_cast<const A*>(from[i]) + channel), factor, sum[i][0]);
           }
-          FMK_UNROLL for (int i = 0; i < kPixels; ++i) store(rows + i * width + j, sum[i]);
+        } else {
+          for (int64_t e = 0; e < elements; ++e, w += step, from += n)
+            for (int i = 0; i < n; ++i)
+              sum[i][0] =
+                  fma(load(reinterpret_cast<const A*>(from[i]) + channel), load(w), sum[i][0]);
+        }
+        if (!direct) {
+          for (int i = 0; i < n; ++i)
+            store(rows + (pixel + i) * (end - begin) + channel - begin, sum[i][0]);
+          continue;
+        }
+        const auto at =
+            epilogue.at_panel(channel, min_of<int64_t>(V::W, out_channels - channel)).at_row(pixel);
+        if (n == kPixels) {
+          at.run(sum);
         } else {
           for (int i = 0; i < n; ++i) {
-            V sum = zero<V>();
-            for (int64_t e = 0; e < elements; ++e)
-              sum = fma(load(reinterpret_cast<const A*>(from[e * n + i]) + j),
-                        load(w + e * split.padded_columns()), sum);
-            store(rows + i * width + j, sum);
+            V one[1][1] = {{sum[i][0]}};
+            at.at_row(i).run(one);
           }
         }
       }

@@ -35,11 +35,14 @@ FMK_NOINLINE void planes_to_pixels(const T* src, int64_t plane, int64_t pixels, 
   const int64_t words = ceil_div(channels, kPair);
 #if defined(__AVX512F__)
   if constexpr (sizeof(D) == 4) {
+    const int64_t ahead = max_of<int64_t>(pixels, 32);
     for (int64_t word = 0; word < words; word += 16) {
       const int count = static_cast<int>(min_of<int64_t>(16, words - word));
       for (int64_t pixel = 0; pixel < pixels; pixel += 16) {
         const int lanes = static_cast<int>(min_of<int64_t>(16, pixels - pixel));
         const T* from = src + word * kPair * plane + pixel;
+        // Sixteen planes are too many streams for the hardware to foresee: ask for the next row.
+        for (int i = 0; i < count * kPair; ++i) __builtin_prefetch(from + i * plane + ahead);
         auto* to = reinterpret_cast<float*>(dst + pixel * ld + word);
         if constexpr (sizeof(T) == 4) {
           if (count == 16 && lanes == 16) {
