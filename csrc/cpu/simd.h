@@ -13,6 +13,8 @@
 //   infinity) reduce_add, reduce_max pin(v)            keeps a loaded vector in a register: GCC 12
 //   may otherwise repeat the load as a memory operand of
 //                     every FMA that uses it, which makes the tile load-bound
+//   split(x)          x as {whole, fraction in [0, 1)}, for scale2(2^fraction, whole): 2^-infinity
+//                     comes out as 0
 //
 // Everything here is static and always inlined: no symbol of one instruction set can be linked into
 // another's code.

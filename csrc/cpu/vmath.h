@@ -71,17 +71,27 @@ FMK_INLINE VecD expm1(VecD x) {
   return by_lane(x, [](double v) { return std::expm1(v); });
 }
 
-// 2^x for x <= 0, for softmax: 1 + f p(f), p of degree 4, relative error 9e-8 before rounding.
-// Exactly 1 at 0 and exactly 0 at -infinity.
+// 2^x for softmax, x <= 0 up to rounding: exactly 1 at 0 and 0 at -infinity. Degree 5, relative
+// error 1e-7 before rounding.
 FMK_INLINE VecF exp2_nonpositive(VecF x) {
-  x = max(splat(-160.0f), x);
-  const VecF n = round(x), f = x - n;
-  VecF p = splat(0x1.5bba0ap-10f);
-  p = fma(p, f, splat(0x1.3cea88p-7f));
-  p = fma(p, f, splat(0x1.c6b752p-5f));
-  p = fma(p, f, splat(0x1.ebf9bcp-3f));
-  p = fma(p, f, splat(0x1.62e42ap-1f));
-  return scale2(fma(p, f, splat(1.0f)), n);
+  const WholeAndFraction s = split(x);
+  VecF p = splat(0x1.e974fap-10f);
+  p = fma(p, s.fraction, splat(0x1.277856p-7f));
+  p = fma(p, s.fraction, splat(0x1.c91ce6p-5f));
+  p = fma(p, s.fraction, splat(0x1.ebdb56p-3f));
+  p = fma(p, s.fraction, splat(0x1.62e4bap-1f));
+  p = fma(p, s.fraction, splat(1.0f));
+  return scale2(p, s.whole);
+}
+// The same to a relative error of 3e-6, for probabilities that are rounded to bf16.
+FMK_INLINE VecF exp2_nonpositive_coarse(VecF x) {
+  const WholeAndFraction s = split(x);
+  VecF p = splat(0x1.b7f730p-7f);
+  p = fma(p, s.fraction, splat(0x1.abf868p-5f));
+  p = fma(p, s.fraction, splat(0x1.ee2450p-3f));
+  p = fma(p, s.fraction, splat(0x1.62d6c6p-1f));
+  p = fma(p, s.fraction, splat(1.0f));
+  return scale2(p, s.whole);
 }
 FMK_INLINE VecD exp2_nonpositive(VecD x) {
   return by_lane(x, [](double v) { return std::exp2(v); });

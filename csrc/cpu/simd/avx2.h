@@ -110,6 +110,14 @@ FMK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
 FMK_INLINE VecF round(VecF a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+struct WholeAndFraction {
+  VecF whole, fraction;
+};
+FMK_INLINE WholeAndFraction split(VecF x) {
+  x = max(splat(-160.0f), x);  // whose power of two is 0; keeps NaN
+  const VecF whole{_mm256_floor_ps(x.v)};
+  return {whole, x - whole};
+}
 // Two multiplications by half of 2^n each, so that results in the denormal range and overflow come
 // out right.
 FMK_INLINE VecF scale2(VecF p, VecF n) {

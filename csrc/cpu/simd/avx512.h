@@ -115,6 +115,13 @@ FMK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
 FMK_INLINE VecF round(VecF a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+struct WholeAndFraction {
+  VecF whole, fraction;
+};
+// vscalefps rounds its exponent down itself, so `whole` may be x; at -infinity the fraction is 0.
+FMK_INLINE WholeAndFraction split(VecF x) {
+  return {x, {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}};
+}
 FMK_INLINE VecF scale2(VecF p, VecF n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 FMK_INLINE float reduce_add(VecF a) { return _mm512_reduce_add_ps(a.v); }
 FMK_INLINE double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }

@@ -158,6 +158,15 @@ FMK_INLINE VecF round(VecF a) {
   for (int i = 0; i < VecF::W; ++i) a.v[i] = std::nearbyint(a.v[i]);
   return a;
 }
+struct WholeAndFraction {
+  VecF whole, fraction;
+};
+FMK_INLINE WholeAndFraction split(VecF x) {
+  x = max(splat(-160.0f), x);  // whose power of two is 0; keeps NaN
+  VecF whole;
+  for (int i = 0; i < VecF::W; ++i) whole.v[i] = std::floor(x.v[i]);
+  return {whole, x - whole};
+}
 FMK_INLINE VecF scale2(VecF p, VecF n) {
   for (int i = 0; i < VecF::W; ++i) p.v[i] = std::ldexp(p.v[i], static_cast<int>(n.v[i]));
   return p;

@@ -1,0 +1,408 @@
+// The backward pass recomputes the probabilities of a block of queries and a block of keys from lse
+// and uses them at once (FlashAttention's scheme). With P the probabilities, all transposed like
+// the scores (a row per key):
+//
+//   dP = dO V^T    dS = P * (dP - delta)    delta = rowsum(dO * O) - grad_lse
+//   dV += P^T dO   dK += scale dS^T Q       dQ += scale dS K
+//
+// A thread owns a key head, or a share of its queries, so nothing is added to concurrently. Sums
+// are kept in the compute type until the end.
+#include "cpu/attention_blocks.h"
+#include "cpu/reduce.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+// Keys per block: scores and their gradients, of 64 queries, take 36 KB each.
+constexpr int64_t kKeyBlock = 144;
+
+// What the elementwise step reads and writes for one block; see BackwardPass::Buffers.
+template <class O>
+struct ScoreGradients {
+  Acc<O>* scores;
+  Acc<O>* grad_probs;
+  const Acc<O>* lse;    // [lanes], as an exponent of 2; infinity where there are no probabilities
+  const Acc<O>* delta;  // [lanes]
+  Acc<O> unit;
+  bool need_grad_scores;
+  O* probs;
+  O* grad_scores;
+  Word<O>* grad_score_words;
+};
+
+// scores -> P, and grad_probs -> dS, for keys [key0, key0 + count). As rows of O, with zeros up to
+// a whole number of tiles; dS also as words along the keys.
+template <class O>
+FMK_NOINLINE void probabilities_block(const ScoreGradients<O>& g, int64_t key0, int64_t count,
+                                      const QueryBlock& block) {
+  using V = Vec<O>;
+  constexpr int kPair = Mac<O>::kPair;
+  const int64_t lanes = block.vecs * V::W;
+  const V unit = splat(g.unit);
+  const int64_t padded = ceil_div(count, kRowsPerTile) * kRowsPerTile;
+  for (int64_t k = 0; k < padded; k += kPair) {
+    // Beyond the last key, and where a vector of queries does not see the key, scores and gradients
+    // are undefined.
+    const int hidden = k < count ? block.hidden_vecs(key0 + k, V::W) : block.vecs;
+    for (int j = 0; j < block.vecs; ++j) {
+      const V lse = load(g.lse + j * V::W), delta = load(g.delta + j * V::W);
+      V grads[2] = {zero<V>(), zero<V>()};
+      for (int i = 0; i < kPair; ++i) {
+        const int64_t at = (k + i) * lanes + j * V::W;
+        V p = zero<V>();
+        if (j >= hidden && k + i < count) {
+          const V x = fma(load(g.scores + at), unit, zero<V>() - lse);
+          if constexpr (kPair == 2)
+            p = exp2_nonpositive_coarse(x);
+          else
+            p = exp2_nonpositive(x);
+          if (g.need_grad_scores) grads[i] = p * (load(g.grad_probs + at) - delta);
+        }
+        store(g.probs + at, p);
+        if (g.need_grad_scores) store(g.grad_scores + at, grads[i]);
+      }
+      if constexpr (kPair == 2) {
+        if (g.need_grad_scores && k < count)
+          store_words(g.grad_score_words + k / 2 * lanes + j * V::W, grads[0], grads[1]);
+      }
+    }
+  }
+}
+
+// out[count][padded width] += A panel: a row of A [count, up to a whole number of tiles][lanes] per
+// key, the panel's rows one per query of the block.
+template <class O>
+FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const QueryBlock& block,
+                                  const PanelRows<O>& panel, int64_t width, Acc<O>* out) {
+  using M = Mac<O>;
+  using V = Vec<O>;
+  using Finish = StoreAccumulators<V>;
+  constexpr int kPair = M::kPair;
+  const auto split = PanelSplit<V>::of(width);
+  const int64_t ld = split.padded_columns(), lanes = block.vecs * V::W;
+  for (int64_t k = 0; k < count; k += kRowsPerTile) {
+    // Queries before key0 + k do not see any key of the tile.
+    int64_t skip = 0;
+    if (block.ordered)
+      skip = max_of<int64_t>(0, min_of<int64_t>(key0 + k - block.position, block.rows)) / kPair;
+    const Word<O>* row_pointers[kRowsPerTile];
+    for (int i = 0; i < kRowsPerTile; ++i)
+      row_pointers[i] = reinterpret_cast<const Word<O>*>(a + (k + i) * lanes) + skip;
+    TileOperands<M> in;
+    in.rows = row_pointers;
+    in.words = words_of<O>(block.rows) - skip;
+    in.ldb = panel.ld;
+    in.ld_init = ld;
+    for (int64_t i = 0; i < split.count; ++i) {
+      const int64_t column = split.column(i);
+      in.b = panel.first + skip * panel.ld + column;
+      in.init = out + k * ld + column;
+      const Finish finish{out + k * ld + column, ld};
+      switch (split.width_vecs(i)) {
+        case 1: tile<M, kRowsPerTile, 1, false>(in, finish); break;
+        case 2: tile<M, kRowsPerTile, 2, false>(in, finish); break;
+#if defined(__AVX512F__)
+        case 3: tile<M, kRowsPerTile, 3, false>(in, finish); break;
+        case 4: tile<M, kRowsPerTile, 4, false>(in, finish); break;
+#endif
+      }
+    }
+  }
+}
+
+// A row of `out` from accumulators, times `factor`.
+template <class T>
+FMK_INLINE void store_row(const Acc<T>* from, Acc<T> factor, int64_t width, T* out) {
+  using V = Vec<T>;
+  for (int64_t column = 0; column < width; column += V::W) {
+    const V x = load(from + column) * splat(factor);
+    const int64_t left = width - column;
+    if (left >= V::W)
+      store(out + column, x);
+    else
+      store(out + column, x, static_cast<int>(left));
+  }
+}
+
+template <class T>
+class BackwardPass {
+  using O = Operand<T>;
+  using V = Vec<T>;
+  using E = Acc<T>;
+
+ public:
+  explicit BackwardPass(const AttentionBackward& backward)
+      : p_(backward.problem),
+        backward_(backward),
+        queries_(Queries<V>::of(p_)),
+        scaling_(Scaling<E>::of(p_)),
+        key_ld_(whole_vectors<V>(p_.head_dim)),
+        value_ld_(whole_vectors<V>(p_.value_dim)),
+        key_sums_((p_.keys + kRowsPerTile) * key_ld_),
+        value_sums_((p_.keys + kRowsPerTile) * value_ld_),
+        heads_(p_.batch * p_.kv_heads),
+        blocks_per_head_(heads_ ? queries_.lists / heads_ * queries_.blocks() : 0),
+        need_grad_scores_(backward.grad_query.data || backward.grad_key.data) {}
+
+  void run(const Parallel& pool) const {
+    if (heads_ == 0) return;
+    const double flops = 4.0 * static_cast<double>(p_.head_dim + p_.value_dim) *
+                         static_cast<double>(p_.keys) * static_cast<double>(p_.batch) *
+                         static_cast<double>(p_.heads) * static_cast<double>(p_.queries);
+    const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
+    const int64_t parts = parts_per_head(threads), units = heads_ * parts;
+    E* shared = nullptr;  // the sums of every part
+    if (parts > 1)
+      shared = static_cast<E*>(
+          scratch_bytes(Scratch::kCall, units * (key_sums_ + value_sums_) * sizeof(E)));
+    const int64_t shards = min_of(threads, units);
+    parallel_for(pool, shards, [&](int64_t shard) {
+      Buffers buffers = work_space(parts > 1);
+      for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+        if (shared) {
+          buffers.key_sums = shared + unit * (key_sums_ + value_sums_);
+          buffers.value_sums = buffers.key_sums + key_sums_;
+        }
+        run_part(unit / parts, unit % parts, parts, buffers);
+        if (!shared)
+          for (int64_t key = 0; key < p_.keys; ++key)
+            store_key(unit, key, buffers.key_sums, buffers.value_sums);
+      }
+    });
+    if (!shared) return;
+    const int64_t rows = heads_ * p_.keys, row_shards = min_of(threads, rows);
+    parallel_for(pool, row_shards, [&](int64_t shard) {
+      for (int64_t row = rows * shard / row_shards; row < rows * (shard + 1) / row_shards; ++row) {
+        const int64_t head = row / p_.keys, key = row % p_.keys;
+        E* sums = shared + head * parts * (key_sums_ + value_sums_);
+        for (int64_t part = 1; part < parts; ++part) {
+          const E* more = sums + part * (key_sums_ + value_sums_);
+          for (int64_t i = key * key_ld_; i < (key + 1) * key_ld_; ++i) sums[i] += more[i];
+          for (int64_t i = 0; i < value_ld_; ++i)
+            sums[key_sums_ + key * value_ld_ + i] += more[key_sums_ + key * value_ld_ + i];
+        }
+        store_key(head, key, sums, sums + key_sums_);
+      }
+    });
+  }
+
+ private:
+  struct Buffers {
+    Word<O>*query_panel, *grad_panel;  // [words][lanes]: the block's queries and output gradients
+    O *query_rows, *grad_rows;         // [lanes][width], where they cannot be read in place
+    Word<O>*query_copy, *grad_copy;    // [words_of(lanes)][padded width]
+    E *scores, *grad_probs;            // [kKeyBlock + kMaxTileRows][lanes]
+    O *probs, *grad_scores;            // the same memory, unless numbers are stored in pairs
+    Word<O>* grad_score_words;         // [words_of(kKeyBlock)][lanes]
+    E* grad_query;                     // [lanes][key_ld]
+    E *key_sums, *value_sums;          // [keys + kRowsPerTile][key_ld], [..][value_ld]
+    Word<T>*key_copy, *value_copy, *key_panel_copy;
+    typename MaskBlock<T>::Buffers mask;
+    WordRows keys, values;
+    PanelRows<O> key_panel;
+  };
+
+  Buffers work_space(bool shared_sums) const {
+    Buffers b{};
+    constexpr int64_t kLanes = kMaxLanes<V>;
+    constexpr int64_t kBlockNumbers = (kKeyBlock + kMaxTileRows) * kLanes;
+    const auto carve = [&](Carver& carver) {
+      b.query_panel = carver.take<Word<O>>(words_of<O>(p_.head_dim) * kLanes);
+      b.grad_panel = carver.take<Word<O>>(words_of<O>(p_.value_dim) * kLanes);
+      b.query_rows = carver.take<O>(p_.head_dim * kLanes);
+      b.grad_rows = carver.take<O>(p_.value_dim * kLanes);
+      b.query_copy = carver.take<Word<O>>(words_of<O>(kLanes) * key_ld_);
+      b.grad_copy = carver.take<Word<O>>(words_of<O>(kLanes) * value_ld_);
+      b.scores = carver.take<E>(kBlockNumbers);
+      b.grad_probs = carver.take<E>(kBlockNumbers);
+      if constexpr (Mac<O>::kPair == 2) {
+        b.probs = carver.take<O>(kBlockNumbers);
+        b.grad_scores = carver.take<O>(kBlockNumbers);
+        b.grad_score_words = carver.take<Word<O>>(words_of<O>(kKeyBlock) * kLanes);
+      } else {
+        b.probs = b.scores;
+        b.grad_scores = b.grad_score_words = b.grad_probs;
+      }
+      b.grad_query = carver.take<E>(kLanes * key_ld_);
+      if (!shared_sums) {
+        b.key_sums = carver.take<E>(key_sums_);
+        b.value_sums = carver.take<E>(value_sums_);
+      }
+      if (rows_need_copy<T>(p_.head_dim))
+        b.key_copy = carver.take<Word<T>>(p_.keys * words_of<T>(p_.head_dim));
+      if (rows_need_copy<T>(p_.value_dim))
+        b.value_copy = carver.take<Word<T>>(p_.keys * words_of<T>(p_.value_dim));
+      if (panel_needs_copy<T>(p_.key.row, p_.head_dim))
+        b.key_panel_copy = carver.take<Word<T>>(words_of<T>(p_.keys) * key_ld_);
+      if (p_.mask.data) b.mask.carve(carver, kKeyBlock);
+    };
+    Carver carver;
+    carve(carver);
+    carver = {static_cast<char*>(scratch_bytes(Scratch::kTile, carver.used)), 0};
+    carve(carver);
+    return b;
+  }
+
+  // Into how many parts the queries of a key head are cut: as few as keep all threads about equally
+  // busy.
+  int64_t parts_per_head(int64_t threads) const {
+    int64_t parts = 1;
+    while (parts < blocks_per_head_ && heads_ * parts < 8 * threads && heads_ * parts % threads)
+      ++parts;
+    return parts;
+  }
+  // The first block of a part: parts of a head are of equal cost.
+  int64_t first_block(int64_t part, int64_t parts) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < blocks_per_head_; ++i) total += queries_.cost(i % queries_.blocks());
+    const int64_t target = static_cast<int64_t>(static_cast<double>(total) * part / parts);
+    int64_t block = 0;
+    for (int64_t done = 0; block < blocks_per_head_; ++block) {
+      const int64_t cost = queries_.cost(block % queries_.blocks());
+      if (done + cost / 2 >= target) break;
+      done += cost;
+    }
+    return part == parts ? blocks_per_head_ : block;
+  }
+
+  void run_part(int64_t head, int64_t part, int64_t parts, Buffers& b) const {
+    const int64_t batch = head / p_.kv_heads, kv_head = head % p_.kv_heads;
+    b.keys = head_as_words<T>(p_.key, batch, kv_head, p_.keys, p_.head_dim, b.key_copy);
+    b.values = head_as_words<T>(p_.value, batch, kv_head, p_.keys, p_.value_dim, b.value_copy);
+    const PanelRows<T> panel =
+        head_as_panel<T>(p_.key, batch, kv_head, p_.keys, p_.head_dim, b.key_panel_copy);
+    b.key_panel = {panel.first, panel.ld};
+    std::memset(b.key_sums, 0, key_sums_ * sizeof(E));
+    std::memset(b.value_sums, 0, value_sums_ * sizeof(E));
+    const int64_t end = first_block(part + 1, parts);
+    for (int64_t i = first_block(part, parts); i < end; ++i) {
+      const int64_t list = head * (queries_.lists / heads_) + i / queries_.blocks();
+      run_block(queries_.block(list, i % queries_.blocks()), b);
+    }
+  }
+
+  // The rows of a block as the panel of a reduction over queries.
+  static PanelRows<O> rows_as_panel(const BlockRows<T>& rows, int count, int64_t width,
+                                    Word<O>* copy) {
+    if constexpr (Mac<O>::kPair == 1) {
+      if (width % V::W == 0 && rows.ld != 0) return {rows.first, rows.ld};
+    }
+    const int64_t padded = whole_vectors<V>(width);
+    pack_rows_as_panel(rows.first, rows.ld, count, width, padded, copy);
+    return {copy, padded};
+  }
+
+  void run_block(const QueryBlock& block, const Buffers& b) const {
+    const int64_t lanes = block.vecs * V::W;
+    const auto queries = block_rows<T>(p_.query, block, p_.head_dim, b.query_rows);
+    const auto grads = block_rows<T>(backward_.grad_output, block, p_.value_dim, b.grad_rows);
+    pack_columns_as_panel(queries.first, queries.ld, p_.head_dim, block.rows, lanes, b.query_panel);
+    if (need_grad_scores_)
+      pack_columns_as_panel(grads.first, grads.ld, p_.value_dim, block.rows, lanes, b.grad_panel);
+    PanelRows<O> query_rows{}, grad_rows{};
+    if (backward_.grad_key.data)
+      query_rows = rows_as_panel(queries, block.rows, p_.head_dim, b.query_copy);
+    if (backward_.grad_value.data)
+      grad_rows = rows_as_panel(grads, block.rows, p_.value_dim, b.grad_copy);
+    alignas(64) E lse[kMaxLanes<V>], delta[kMaxLanes<V>];
+    read_row_terms(block, grads, lse, delta);
+
+    bool started = false;
+    const int64_t step = key_block_size(block.last_visible, kKeyBlock);
+    for (int64_t key0 = 0; key0 < block.last_visible; key0 += step) {
+      const int64_t count = min_of(step, block.last_visible - key0);
+      MaskBlock<T> mask;
+      if (p_.mask.data && !mask.read(p_.mask, block, key0, count, b.mask)) continue;
+      alignas(64) E maximum[kMaxLanes<V>] = {};
+      score_block<T>(p_, b.keys, key0, count, block, b.query_panel, scaling_, mask, b.scores,
+                     maximum);
+      if (need_grad_scores_)
+        keys_times_queries<O>(b.values, key0, count, block, b.grad_panel, words_of<O>(p_.value_dim),
+                              [&](int64_t k, int j) {
+                                return StoreAccumulators<V>{b.grad_probs + k * lanes + j * V::W,
+                                                            lanes};
+                              });
+      probabilities_block<O>({b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_,
+                              b.probs, b.grad_scores, b.grad_score_words},
+                             key0, count, block);
+      if (backward_.grad_value.data)
+        keys_from_queries<O>(b.probs, key0, count, block, grad_rows, p_.value_dim,
+                             b.value_sums + key0 * value_ld_);
+      if (backward_.grad_key.data)
+        keys_from_queries<O>(b.grad_scores, key0, count, block, query_rows, p_.head_dim,
+                             b.key_sums + key0 * key_ld_);
+      if (backward_.grad_query.data) {
+        const PanelRows<O> keys{b.key_panel.first + key0 / Mac<O>::kPair * b.key_panel.ld,
+                                b.key_panel.ld};
+        queries_from_keys<O>(
+            b.grad_score_words, lanes, block.rows, keys, p_.head_dim, b.grad_query, started,
+            [&](int64_t row_end) { return block.words_seen<O>(key0, count, row_end); });
+      }
+      started = true;
+    }
+    if (!backward_.grad_query.data) return;
+    if (!started) std::memset(b.grad_query, 0, kMaxLanes<V> * key_ld_ * sizeof(E));
+    for (int row = 0; row < block.rows; ++row)
+      store_row(
+          b.grad_query + row * key_ld_, static_cast<E>(p_.scale), p_.head_dim,
+          row_of<T>(backward_.grad_query, block.batch, block.head_of(row), block.position_of(row)));
+  }
+
+  // lse as an exponent of 2, and delta, of each lane; lanes without a query, and queries that see
+  // no key, get no probabilities.
+  void read_row_terms(const QueryBlock& block, const BlockRows<T>& grads, E* lse, E* delta) const {
+    const E infinity = __builtin_inf();
+    for (int64_t row = 0; row < block.vecs * V::W; ++row) {
+      lse[row] = infinity;
+      delta[row] = 0;
+      if (row >= block.rows) continue;
+      const int64_t head = block.head_of(row), position = block.position_of(row);
+      const int64_t at = (block.batch * p_.heads + head) * p_.queries + position;
+      const E value = static_cast<const E*>(backward_.lse)[at];
+      if (value == -infinity) continue;
+      lse[row] = value * static_cast<E>(kLog2E);
+      const T* out = row_of<T>(backward_.output, block.batch, head, position);
+      const O* grad = grads.first + row * grads.ld;
+      V sum = zero<V>();
+      for (int64_t column = 0; column < p_.value_dim; column += V::W) {
+        const int64_t left = p_.value_dim - column;
+        if (left >= V::W) {
+          sum = fma(load(grad + column), load(out + column), sum);
+        } else {
+          const int n = static_cast<int>(left);
+          sum = fma(load(grad + column, n), load(out + column, n), sum);
+        }
+      }
+      delta[row] = reduce_add(sum);
+      if (backward_.grad_lse) delta[row] -= static_cast<const E*>(backward_.grad_lse)[at];
+    }
+  }
+
+  void store_key(int64_t head, int64_t key, const E* key_sums, const E* value_sums) const {
+    const int64_t batch = head / p_.kv_heads, kv_head = head % p_.kv_heads;
+    if (backward_.grad_key.data)
+      store_row(key_sums + key * key_ld_, static_cast<E>(p_.scale), p_.head_dim,
+                row_of<T>(backward_.grad_key, batch, kv_head, key));
+    if (backward_.grad_value.data)
+      store_row(value_sums + key * value_ld_, E(1), p_.value_dim,
+                row_of<T>(backward_.grad_value, batch, kv_head, key));
+  }
+
+  const AttentionProblem& p_;
+  const AttentionBackward& backward_;
+  const Queries<V> queries_;
+  const Scaling<E> scaling_;
+  const int64_t key_ld_, value_ld_;      // numbers from row to row of the sums
+  const int64_t key_sums_, value_sums_;  // numbers of all rows
+  const int64_t heads_, blocks_per_head_;
+  const bool need_grad_scores_;
+};
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& p, const Parallel& pool) {
+  with_type(p.problem.dtype,
+            [&](auto* type) { BackwardPass<std::remove_pointer_t<decltype(type)>>(p).run(pool); });
+}
+
+}  // namespace fmk::FMK_ISA
