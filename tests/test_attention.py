@@ -43,11 +43,11 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
 
-def make_arguments(problem, dtype, layout="contiguous", std=1.0):
+def make_arguments(problem, dtype, layout="contiguous"):
     batch, heads, shared, queries, keys, width, value_width = problem
     return {
-        "query": testing.normal(batch, heads, queries, width, dtype=dtype, layout=layout, std=std),
-        "key": testing.normal(batch, shared, keys, width, dtype=dtype, layout=layout, std=std),
+        "query": testing.normal(batch, heads, queries, width, dtype=dtype, layout=layout),
+        "key": testing.normal(batch, shared, keys, width, dtype=dtype, layout=layout),
         "value": testing.normal(batch, shared, keys, value_width, dtype=dtype, layout=layout),
     }
 
@@ -340,12 +340,18 @@ def test_empty(backend, empty):
 
 
 @backends
-@pytest.mark.parametrize("std", [30.0, 1e4])
+@pytest.mark.parametrize("factor", [16, 2**12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=testing.dtype_name)
-def test_extreme_scores(backend, std, dtype):
-    """Scores up to 1e9: one key takes each row, and exp must neither overflow nor give NaN."""
+def test_extreme_scores(backend, factor, dtype):
+    """Scores up to 1e9: few keys take each row, and exp must neither overflow nor give NaN.
+
+    The scores are exact in any order of summation: rounding errors of such numbers are large
+    enough to change the weights, in the oracle too.
+    """
     ours, torchs = functions(backend)
-    arguments = make_arguments(PROBLEMS["plain"], dtype, std=std)
+    arguments = make_arguments(PROBLEMS["plain"], dtype)
+    for name in ("query", "key"):
+        arguments[name] = factor * testing.integers(*arguments[name].shape, dtype=dtype)
     testing.compare(ours, torchs, arguments, grad_layout=None)
 
 

@@ -46,6 +46,7 @@ def scan(low: float, high: float) -> torch.Tensor:
     [
         ("exp", torch.exp, -87.3, 88.7, 2.0),
         ("exp2_nonpositive", torch.exp2, -126.0, 0.0, 3.0),
+        ("exp2_nonpositive_coarse", torch.exp2, -126.0, 0.0, 52.0),
         ("tanh", torch.tanh, -20.0, 20.0, 3.0),
         ("sigmoid", torch.sigmoid, -87.0, 90.0, 4.0),
         ("erf", torch.erf, -6.0, 6.0, 3.0),

@@ -110,20 +110,6 @@ FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const
   }
 }
 
-// A row of `out` from accumulators, times `factor`.
-template <class T>
-FMK_INLINE void store_row(const Acc<T>* from, Acc<T> factor, int64_t width, T* out) {
-  using V = Vec<T>;
-  for (int64_t column = 0; column < width; column += V::W) {
-    const V x = load(from + column) * splat(factor);
-    const int64_t left = width - column;
-    if (left >= V::W)
-      store(out + column, x);
-    else
-      store(out + column, x, static_cast<int>(left));
-  }
-}
-
 template <class T>
 class BackwardPass {
   using O = Operand<T>;

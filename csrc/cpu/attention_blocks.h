@@ -214,6 +214,20 @@ FMK_INLINE BlockRows<T> block_rows(const AttentionOperand& x, const QueryBlock& 
   return {copy, width};
 }
 
+// A row of `out` from accumulators, times `factor`.
+template <class T>
+FMK_INLINE void store_row(const Acc<T>* from, Acc<T> factor, int64_t width, T* out) {
+  using V = Vec<T>;
+  for (int64_t column = 0; column < width; column += V::W) {
+    const V x = load(from + column) * splat(factor);
+    const int64_t left = width - column;
+    if (left >= V::W)
+      store(out + column, x);
+    else
+      store(out + column, x, static_cast<int>(left));
+  }
+}
+
 // --- probabilities ---
 
 // The compute type's p as words: one number, or a pair of neighbours along the keys.
@@ -221,9 +235,11 @@ FMK_INLINE void store_words(float* to, VecF p, VecF) { store(to, p); }
 FMK_INLINE void store_words(double* to, VecD p, VecD) { store(to, p); }
 #if FMK_BF16_DOT
 FMK_INLINE void store_words(Bf16Pair* to, VecF low, VecF high) {
-  const __m512i first = _mm512_cvtepu16_epi32(narrow_bf16(low));
-  const __m512i second = _mm512_cvtepu16_epi32(narrow_bf16(high));
-  _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
 }
 #endif
 
@@ -404,6 +420,28 @@ FMK_NOINLINE void adjust_scores(Acc<T>* scores, int64_t from, int64_t to, int ve
   }
 }
 
+// Scales, masks and hides the scores of keys [key0 + from, key0 + count) in memory, and raises the
+// maxima.
+template <class T>
+FMK_INLINE void finish_scores(const AttentionProblem& p, int64_t key0, int64_t from, int64_t count,
+                              const QueryBlock& block, const Scaling<Acc<T>>& scaling,
+                              const MaskBlock<T>& mask, Acc<T>* scores, Acc<T>* maximum) {
+  using V = Vec<T>;
+  using E = Acc<T>;
+  const int64_t lanes = block.vecs * V::W;
+  if (from == count) return;
+  alignas(64) E visible[kMaxLanes<V>];
+  const bool hides = key0 + count > block.first_visible;
+  if (hides)
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t row = min_of<int64_t>(lane, block.rows - 1);
+      const int64_t end = min_of(p.keys, block.position_of(row) + 1) - key0;
+      visible[lane] = static_cast<E>(max_of<int64_t>(0, min_of(end, count)));
+    }
+  adjust_scores<T>(scores, from, count, block.vecs, scaling, mask, p.mask.boolean,
+                   hides ? visible : nullptr, maximum);
+}
+
 // The block of scores of keys [key0, key0 + count) into scores[count + kMaxTileRows][lanes], and
 // its maxima. Where whole vectors of queries see none of the keys, scores are left undefined.
 template <class T>
@@ -426,17 +464,7 @@ FMK_INLINE void score_block(const AttentionProblem& p, const WordRows& keys, int
                           return ScoreFinish<V>{scores + k * lanes + j * V::W, lanes,
                                                 (k < from ? maximum : unused) + j * V::W};
                         });
-  if (from == count) return;
-  alignas(64) E visible[kMaxLanes<V>];
-  const bool hides = key0 + count > block.first_visible;
-  if (hides)
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t row = min_of<int64_t>(lane, block.rows - 1);
-      const int64_t end = min_of(p.keys, block.position_of(row) + 1) - key0;
-      visible[lane] = static_cast<E>(max_of<int64_t>(0, min_of(end, count)));
-    }
-  adjust_scores<T>(scores, from, count, block.vecs, scaling, mask, p.mask.boolean,
-                   hides ? visible : nullptr, maximum);
+  finish_scores<T>(p, key0, from, count, block, scaling, mask, scores, maximum);
 }
 
 // How many keys of the next block to take: as equal blocks as possible, of at most `limit`, which

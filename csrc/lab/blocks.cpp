@@ -28,6 +28,7 @@ DType dtype_from(const std::string& name) {
 MathFunction math_from(const std::string& name) {
   if (name == "exp") return MathFunction::kExp;
   if (name == "exp2_nonpositive") return MathFunction::kExp2Nonpositive;
+  if (name == "exp2_nonpositive_coarse") return MathFunction::kExp2NonpositiveCoarse;
   if (name == "tanh") return MathFunction::kTanh;
   if (name == "sigmoid") return MathFunction::kSigmoid;
   if (name == "erf") return MathFunction::kErf;
@@ -95,7 +96,7 @@ FMK_LAB_BINDINGS(module) {
   module.def("math", &math, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("n"),
              py::arg("isa") = "", Unlocked(),
              "y[i] = name(x[i]) for n floats at the addresses x and y; names: exp, "
-             "exp2_nonpositive, tanh, sigmoid, erf, expm1.");
+             "exp2_nonpositive, exp2_nonpositive_coarse, tanh, sigmoid, erf, expm1.");
   module.def("activation", &activation, py::arg("index"), py::arg("derivative"), py::arg("dtype"),
              py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "", Unlocked(),
              "y[i] = activation(x[i]) or its derivative; dtype 'f32' or 'f64'.");

@@ -12,6 +12,7 @@ namespace fmk {
 enum class MathFunction : int {
   kExp,
   kExp2Nonpositive,
+  kExp2NonpositiveCoarse,
   kTanh,
   kSigmoid,
   kErf,

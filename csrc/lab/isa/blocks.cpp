@@ -21,6 +21,8 @@ void math(MathFunction name, const float* x, float* y, int64_t n) {
     case MathFunction::kExp: return map<VecF>(x, y, n, [](VecF v) { return exp(v); });
     case MathFunction::kExp2Nonpositive:
       return map<VecF>(x, y, n, [](VecF v) { return exp2_nonpositive(v); });
+    case MathFunction::kExp2NonpositiveCoarse:
+      return map<VecF>(x, y, n, [](VecF v) { return exp2_nonpositive_coarse(v); });
     case MathFunction::kTanh: return map<VecF>(x, y, n, [](VecF v) { return tanh(v); });
     case MathFunction::kSigmoid: return map<VecF>(x, y, n, [](VecF v) { return sigmoid(v); });
     case MathFunction::kErf: return map<VecF>(x, y, n, [](VecF v) { return erf(v); });
