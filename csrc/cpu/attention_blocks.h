@@ -122,7 +122,7 @@ struct Queries {
   int64_t unit_at(int64_t part, int64_t parts) const {
     int64_t per_list = 0;
     for (int64_t i = 0; i < blocks(); ++i) per_list += cost(i);
-    if (per_list == 0) return 0;
+    if (part == parts || per_list == 0) return part == parts ? lists * blocks() : 0;
     const int64_t target = static_cast<int64_t>(static_cast<double>(per_list) *
                                                 static_cast<double>(lists) * part / parts);
     const int64_t list = min_of(target / per_list, lists), rest = target - list * per_list;
