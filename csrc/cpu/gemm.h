@@ -24,8 +24,8 @@ struct TileOperands {
   // element, [MR], each next one lying batch_step words on.
   const Word* const* rows = nullptr;
   int64_t batch_step = 0;
-  // Reduction-major A: word k of row i at a[k * lda + i], a single batch element; null: batch
-  // element b has its own, rows[b] instead of a.
+  // Reduction-major A: word k of row i at a[k * lda + i], a single batch element; with `rows`,
+  // batch element b has its own, rows[b] instead of a.
   const Word* a = nullptr;
   int64_t lda = 0;
   int64_t batch = 1;
@@ -103,7 +103,7 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   if constexpr (kReductionMajor) {
     const int64_t lda = in.lda;
     for (int64_t element = 0; element < in.batch; ++element) {
-      const Word* a = in.a ? in.a : in.rows[element];
+      const Word* a = in.rows ? in.rows[element] : in.a;
       for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
         V panel[NV];
         FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
