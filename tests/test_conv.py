@@ -579,6 +579,23 @@ def test_conv_block(norm, pool, activation, layout, backend):
             torch.testing.assert_close(block(input), parts(input), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen_under", ["fast", "exact"])
+@pytest.mark.parametrize("called_under", ["fast", "exact"])
+def test_frozen_layer_serves_both_precisions(frozen_under, called_under, backend, monkeypatch):
+    monkeypatch.setenv("FMKERNELS_CHECK_FROZEN", "1")
+    layer = fnn.Conv2d(32, 32, 3, padding=1, backend=backend)
+    input = torch.randn(2, 32, 28, 28)
+    with fmkernels.precision(frozen_under):
+        layer._pack()
+    with fmkernels.precision(called_under), torch.no_grad():
+        expected = F.conv2d(input, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(input), expected, rtol=1e-4, atol=1e-4)
+        layer.weight.mul_(2)
+        expected = F.conv2d(input, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(input), expected, rtol=1e-4, atol=1e-4)
+        layer(input)
+
+
 def test_conv_block_trains_its_norm_in_eval_mode(backend):
     block = fnn.ConvBlock2d(3, 4, 3, norm="batch", activation="relu", backend=backend).eval()
     block._pack()

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fmkernels._dispatch import current_precision, precision
+
 
 class Freezable(nn.Module):
     """Mixin for layers whose weights can be packed; put it before the torch.nn class.
@@ -31,11 +33,13 @@ class Freezable(nn.Module):
     _frozen_sources: tuple | None
     _frozen_names: tuple[str, ...]
     _checks_each_call: bool
+    _packing_precision: str
 
     def _init_frozen(self, names: Sequence[str] = ("_packed_weight",)) -> None:
         """Declare the buffers that packing fills; the layer starts unfrozen."""
         self._frozen_sources = None
         self._checks_each_call = False
+        self._packing_precision = "fast"
         self._frozen_names = tuple(names)
         for name in self._frozen_names:
             self.register_buffer(name, None, persistent=False)
@@ -61,6 +65,7 @@ class Freezable(nn.Module):
             for name, packed in zip(self._frozen_names, self._compute_packing(), strict=True):
                 setattr(self, name, packed)
         self._frozen_sources = sources
+        self._packing_precision = current_precision()
         # Looked up here: reading the environment on each call would cost more than the comparison.
         self._checks_each_call = os.environ.get("FMKERNELS_CHECK_FROZEN") == "1"
 
@@ -75,13 +80,18 @@ class Freezable(nn.Module):
         if self._frozen_sources is None or torch.compiler.is_compiling():
             return (None,) * len(self._frozen_names)
         if self._source_identity() != self._frozen_sources:
-            self._pack()
+            with precision(self._packing_precision):
+                self._pack()
         elif self._checks_each_call:
             self._check_packed()
         return tuple(getattr(self, name) for name in self._frozen_names)
 
     def _check_packed(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            precision(self._packing_precision),
+        ):
             fresh = self._compute_packing()
         for name, packed in zip(self._frozen_names, fresh, strict=True):
             current = getattr(self, name)
