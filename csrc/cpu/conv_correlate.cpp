@@ -296,45 +296,50 @@ struct Correlator {
   void multiply_channels(const Block<D>& block, int64_t begin, int64_t end, int64_t first_pixel,
                          A* rows) const {
     constexpr int kPixels = 4;
-    const int64_t pixels = block.rows * p.x.out_size, step = split.padded_columns();
-    const auto* weight = static_cast<const A*>(p.weight);
+    const int64_t pixels = block.rows * p.x.out_size;
     Epilogue<T> epilogue;
     if (direct) epilogue = output_epilogue().at_row(first_pixel);
     for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
       const int n = static_cast<int>(min_of<int64_t>(kPixels, pixels - pixel));
       find_pointers(block, 0, pixel, n, 0, elements, 0);
       for (int64_t channel = begin; channel < end; channel += V::W) {
-        const A* w = weight + channel;
-        const D* const* from = block.pointers;
-        V sum[kPixels][1] = {{zero<V>()}, {zero<V>()}, {zero<V>()}, {zero<V>()}};
-        if (n == kPixels) {
-          for (int64_t e = 0; e < elements; ++e, w += step, from += kPixels) {
-            const V factor = load(w);
-            FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] =
-                fma(load(reinterpret_cast<const A*>(from[i]) + channel), factor, sum[i][0]);
-          }
-        } else {
-          for (int64_t e = 0; e < elements; ++e, w += step, from += n)
-            for (int i = 0; i < n; ++i)
-              sum[i][0] =
-                  fma(load(reinterpret_cast<const A*>(from[i]) + channel), load(w), sum[i][0]);
-        }
-        if (!direct) {
-          for (int i = 0; i < n; ++i)
-            store(rows + (pixel + i) * (end - begin) + channel - begin, sum[i][0]);
-          continue;
-        }
         const auto at =
             epilogue.at_panel(channel, min_of<int64_t>(V::W, out_channels - channel)).at_row(pixel);
+        A* raw = rows + pixel * (end - begin) + channel - begin;
         if (n == kPixels) {
-          at.run(sum);
+          multiply_pixels<kPixels>(block.pointers, n, channel, at, raw, end - begin);
         } else {
-          for (int i = 0; i < n; ++i) {
-            V one[1][1] = {{sum[i][0]}};
-            at.at_row(i).run(one);
-          }
+          for (int i = 0; i < n; ++i)
+            multiply_pixels<1>(block.pointers + i, n, channel, at.at_row(i),
+                               raw + i * (end - begin), 0);
         }
       }
+    }
+  }
+
+  // kPixels pixels, one vector of channels. pointers: [elements][n].
+  template <int kPixels>
+  FMK_LAMBDA void multiply_pixels(const D* const* pointers, int n, int64_t channel,
+                                  const Epilogue<T>& epilogue, A* raw, int64_t ld_raw) const {
+    V sum[kPixels][1];
+    FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] = zero<V>();
+    const A* weight = static_cast<const A*>(p.weight) + channel;
+    for (int64_t e = 0; e < elements; ++e, weight += split.padded_columns(), pointers += n) {
+      const V factor = load(weight);
+      FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] =
+          fma(load(reinterpret_cast<const A*>(pointers[i]) + channel), factor, sum[i][0]);
+    }
+    // The pixels after the next under the last tap: nothing else has touched them, and the lines
+    // of several pixels by turns are no stream to the hardware.
+    if constexpr (kPixels > 1) {
+      const int64_t ahead = 2 * kPixels * p.x.stride * pixel_words + channel;
+      FMK_UNROLL for (int i = 0; i < kPixels; ++i)
+          __builtin_prefetch(pointers[i - kPixels] + ahead);
+    }
+    if (direct) {
+      epilogue.run(sum);
+    } else {
+      FMK_UNROLL for (int i = 0; i < kPixels; ++i) store(raw + i * ld_raw, sum[i][0]);
     }
   }
 };

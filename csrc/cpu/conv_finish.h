@@ -74,7 +74,7 @@ struct Finisher {
   const Correlation<T>& p;
   int64_t channel, columns, width;  // output channels [channel, channel + columns) of the output,
                                     // `width` numbers per pixel in the block's rows
-  bool finished;                    // the rows have been through the epilogue
+  bool finished = false;            // the rows have been through the epilogue
 
   int64_t total_channels() const { return p.groups * p.out_channels; }
 
