@@ -640,3 +640,12 @@ def test_compile(grad, make, backend):
         (expected_grad,) = torch.autograd.grad(expected.square().sum(), input)
         (actual_grad,) = torch.autograd.grad(actual.square().sum(), input)
         torch.testing.assert_close(actual_grad, expected_grad)
+
+
+def test_output_may_be_overwritten_in_place(backend):
+    """The pooled output of a relu is not needed again, as in torch, where pooling keeps its input."""
+    layer = fnn.Conv2d(3, 8, 3, activation="relu", pool=("max", 2, 2, 0), backend=backend)
+    output = layer(torch.randn(2, 3, 10, 10))
+    output += 1
+    output.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0

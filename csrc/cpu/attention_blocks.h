@@ -323,9 +323,9 @@ struct ScoreFinish {
 
   template <int MR, int NV>
   FMK_LAMBDA void run(V (&acc)[MR][NV]) const {
-    FMK_UNROLL for (int j = 0; j < NV; ++j) {
+    FMK_FOR (j, NV) {
       V largest = load(maximum + j * V::W);
-      FMK_UNROLL for (int i = 0; i < MR; ++i) {
+      FMK_FOR (i, MR) {
         largest = max(largest, acc[i][j]);
         store(scores + i * ld + j * V::W, acc[i][j]);
       }

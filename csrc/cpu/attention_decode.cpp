@@ -38,7 +38,7 @@ FMK_INLINE void store_sums(const V (&products)[kKeysPerTile][NQ], typename V::El
   if constexpr (NQ == 4 && V::W == 16) {
     // Halving the number of vectors and the terms per sum at a time: sums of four lanes each ...
     __m512 four[4];
-    FMK_UNROLL for (int k = 0; k < 4; ++k) {
+    FMK_FOR (k, 4) {
       const auto add = [](__m512 a, __m512 b) FMK_LAMBDA {
         return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
       };
@@ -73,22 +73,21 @@ FMK_NOINLINE void score_keys(const T* keys, int64_t stride, int64_t count, int64
   for (int64_t k = 0; k < count; k += kKeysPerTile) {
     const T* row[kKeysPerTile];
     V sums[kKeysPerTile][NQ];
-    FMK_UNROLL for (int i = 0; i < kKeysPerTile; ++i) {
+    FMK_FOR (i, kKeysPerTile) {
       row[i] = keys + min_of(k + i, count - 1) * stride;
-      FMK_UNROLL for (int q = 0; q < NQ; ++q) sums[i][q] = zero<V>();
+      FMK_FOR (q, NQ) sums[i][q] = zero<V>();
     }
     int64_t column = 0;
     const auto step = [&](const auto& load_key) FMK_LAMBDA {
       V key[kKeysPerTile];
-      FMK_UNROLL for (int i = 0; i < kKeysPerTile; ++i) key[i] = pin(load_key(row[i] + column));
-      FMK_UNROLL for (int q = 0; q < NQ; ++q) {
+      FMK_FOR (i, kKeysPerTile) key[i] = pin(load_key(row[i] + column));
+      FMK_FOR (q, NQ) {
         const V query = pin(load(queries + q * query_ld + column));
-        FMK_UNROLL for (int i = 0; i < kKeysPerTile; ++i) sums[i][q] =
-            fma(key[i], query, sums[i][q]);
+        FMK_FOR (i, kKeysPerTile) sums[i][q] = fma(key[i], query, sums[i][q]);
       }
     };
     for (; column + V::W <= width; column += V::W) {
-      FMK_UNROLL for (int i = 0; i < kKeysPerTile; ++i) __builtin_prefetch(row[i] + column + ahead);
+      FMK_FOR (i, kKeysPerTile) __builtin_prefetch(row[i] + column + ahead);
       step([](const T* p) FMK_LAMBDA { return load(p); });
     }
     const int left = static_cast<int>(width - column);
@@ -105,22 +104,22 @@ FMK_NOINLINE void add_values(const Acc<T>* probs, int64_t lanes, const T* values
                              int64_t out_ld) {
   using V = Vec<T>;
   V sums[NQ][NV];
-  FMK_UNROLL for (int q = 0; q < NQ; ++q) FMK_UNROLL for (int j = 0; j < NV; ++j) sums[q][j] =
-      accumulate ? load(out + q * out_ld + j * V::W) : zero<V>();
+  FMK_FOR (q, NQ)
+    FMK_FOR (j, NV) sums[q][j] = accumulate ? load(out + q * out_ld + j * V::W) : zero<V>();
   for (int64_t k = 0; k < count; ++k, values += stride, probs += lanes) {
     V value[NV];
-    FMK_UNROLL for (int j = 0; j < NV; ++j) {
+    FMK_FOR (j, NV) {
       const T* from = values + j * V::W;
       __builtin_prefetch(from + ahead);
       value[j] = pin(j + 1 < NV || last == V::W ? load(from) : load(from, last));
     }
-    FMK_UNROLL for (int q = 0; q < NQ; ++q) {
+    FMK_FOR (q, NQ) {
       const V p = splat(probs[q]);
-      FMK_UNROLL for (int j = 0; j < NV; ++j) sums[q][j] = fma(p, value[j], sums[q][j]);
+      FMK_FOR (j, NV) sums[q][j] = fma(p, value[j], sums[q][j]);
     }
   }
-  FMK_UNROLL for (int q = 0; q < NQ; ++q) FMK_UNROLL for (int j = 0; j < NV; ++j)
-      store(out + q * out_ld + j * V::W, sums[q][j]);
+  FMK_FOR (q, NQ)
+    FMK_FOR (j, NV) store(out + q * out_ld + j * V::W, sums[q][j]);
 }
 
 template <class T>

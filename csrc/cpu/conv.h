@@ -42,6 +42,10 @@ struct PoolShape {
   int64_t out_height, out_width;
 };
 
+// In an argmax: no element of the window gets a gradient. No position: a fused window holds at most
+// 9 elements.
+constexpr uint8_t kReluZero = 255;
+
 struct ConvForward {
   ConvShape shape;
   PoolShape pool;           // dilation 1
@@ -57,7 +61,8 @@ struct ConvForward {
   void* output;         // pooled, if there is a pool
   void* preactivation;  // shaped like the convolution's output, or null: not wanted
   uint8_t* argmax;      // shaped like the pooled output, or null: not wanted. Position
-                        // i * kernel_w + j in its window of the first maximum; NaN counts as larger
+                        // i * kernel_w + j in its window of the first maximum; NaN counts as
+                        // larger. kReluZero where that maximum is a zero of relu
 };
 
 struct ConvBackward {
@@ -69,7 +74,8 @@ struct ConvBackward {
   const void* weight;       // read for grad_input
   const void* scale;        // as in the forward
   const void* saved;        // what the activation's derivative is computed from: the
-                            // pre-activation, or for relu the forward's (pooled) output
+                            // pre-activation, or for relu the forward's output; null for a pooled
+                            // relu, whose argmax tells it
   const uint8_t* argmax;    // from the forward, if there is a pool
   Activation activation;
   void* grad_preactivation;  // shaped like the convolution's output: work space, and the gradient

@@ -28,7 +28,7 @@ const T* grad_of_preactivation(const ConvBackward& p, const Parallel& pool) {
   if (pooled) {
     const MaxPool pooling{s.dtype,      s.channels_last, s.batch, s.out_channels,
                           s.out_height, s.out_width,     p.pool};
-    unpool_through_relu(pooling, from, p.argmax, relu ? p.saved : nullptr, grad, pool);
+    max_pool_backward(pooling, from, p.argmax, grad, pool);  // and through relu, see argmax
     from = grad;
   }
   if (p.activation != Activation::kNone && !(pooled && relu)) {

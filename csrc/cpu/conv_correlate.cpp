@@ -322,24 +322,23 @@ struct Correlator {
   FMK_LAMBDA void multiply_pixels(const D* const* pointers, int n, int64_t channel,
                                   const Epilogue<T>& epilogue, A* raw, int64_t ld_raw) const {
     V sum[kPixels][1];
-    FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] = zero<V>();
+    FMK_FOR (i, kPixels) sum[i][0] = zero<V>();
     const A* weight = static_cast<const A*>(p.weight) + channel;
     for (int64_t e = 0; e < elements; ++e, weight += split.padded_columns(), pointers += n) {
       const V factor = load(weight);
-      FMK_UNROLL for (int i = 0; i < kPixels; ++i) sum[i][0] =
-          fma(load(reinterpret_cast<const A*>(pointers[i]) + channel), factor, sum[i][0]);
+      FMK_FOR (i, kPixels)
+        sum[i][0] = fma(load(reinterpret_cast<const A*>(pointers[i]) + channel), factor, sum[i][0]);
     }
     // The pixels after the next under the last tap: nothing else has touched them, and the lines
     // of several pixels by turns are no stream to the hardware.
     if constexpr (kPixels > 1) {
       const int64_t ahead = 2 * kPixels * p.x.stride * pixel_words + channel;
-      FMK_UNROLL for (int i = 0; i < kPixels; ++i)
-          __builtin_prefetch(pointers[i - kPixels] + ahead);
+      FMK_FOR (i, kPixels) __builtin_prefetch(pointers[i - kPixels] + ahead);
     }
     if (direct) {
       epilogue.run(sum);
     } else {
-      FMK_UNROLL for (int i = 0; i < kPixels; ++i) store(raw + i * ld_raw, sum[i][0]);
+      FMK_FOR (i, kPixels) store(raw + i * ld_raw, sum[i][0]);
     }
   }
 };

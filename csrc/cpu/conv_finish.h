@@ -161,6 +161,12 @@ struct Finisher {
     }
   }
 
+  // The position of a maximum that relu let through, kReluZero where it is one of relu's zeros.
+  static V alive(V value, V position) {
+    const V zeros = zero<V>(), dead = splat_as<V>(kReluZero);
+    return select(less(zeros, value), position, select(is_nan(value), position, dead));
+  }
+
   // conv: the piece's rows after the activation.
   void pool(const Piece& piece, const A* conv) const {
     const PoolShape& s = p.pool;
@@ -184,6 +190,7 @@ struct Finisher {
           if (p.argmax) {
             V value, position;
             pool_max(window, origin + j, V::W, &value, &position);
+            if (p.activation == Activation::kRelu) position = alive(value, position);
             store(to + j, value);
             store(positions + pending * width + j, position);
           } else {

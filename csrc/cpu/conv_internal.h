@@ -96,9 +96,5 @@ void max_pool_forward(const MaxPool&, const void* input, void* output, uint8_t* 
                       const Parallel&);
 void max_pool_backward(const MaxPool&, const void* grad_output, const uint8_t* argmax,
                        void* grad_input, const Parallel&);
-// The same for a pooled relu: its derivative, told from the pooled output, is applied as well. A
-// null relu_output: there was none.
-void unpool_through_relu(const MaxPool&, const void* grad_output, const uint8_t* argmax,
-                         const void* relu_output, void* grad_input, const Parallel&);
 
 }  // namespace fmk::FMK_ISA

@@ -192,8 +192,7 @@ struct WeightGrad {
                  ++x, from += p.x.stride * channels, grad += width) {
               const V factor = load(grad);
               if (taps == 3) {
-                FMK_UNROLL for (int i = 0; i < 3; ++i) sum[i] =
-                    fma(load(from + i * tap_step), factor, sum[i]);
+                FMK_FOR (i, 3) sum[i] = fma(load(from + i * tap_step), factor, sum[i]);
               } else {
                 for (int64_t i = 0; i < taps; ++i)
                   sum[i] = fma(load(from + i * tap_step), factor, sum[i]);

@@ -20,8 +20,8 @@ struct StorePoints {
   int64_t ld, vec_step;
   template <int MR, int NV>
   FMK_LAMBDA void run(VecF (&acc)[MR][NV]) const {
-    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j)
-        store(out + i * ld + j * vec_step, acc[i][j]);
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) store(out + i * ld + j * vec_step, acc[i][j]);
   }
 };
 

@@ -20,8 +20,8 @@ struct StoreAccumulators {
 
   template <int MR, int NV>
   FMK_LAMBDA void run(V (&acc)[MR][NV]) const {
-    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j)
-        store(out + i * ld + j * V::W, acc[i][j]);
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) store(out + i * ld + j * V::W, acc[i][j]);
   }
   StoreAccumulators at_row(int64_t row) const { return {out + row * ld, ld}; }
 };
@@ -60,58 +60,57 @@ struct Epilogue {
 
   template <int MR, int NV>
   FMK_LAMBDA void run(V (&acc)[MR][NV]) const {
-    FMK_UNROLL for (int j = 0; j < NV; ++j) {
+    FMK_FOR (j, NV) {
       if (shift) {
         const V add = load(shift + j * V::W);
         if (scale) {
           const V factor = load(scale + j * V::W);
-          FMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = fma(acc[i][j], factor, add);
+          FMK_FOR (i, MR) acc[i][j] = fma(acc[i][j], factor, add);
         } else {
-          FMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = acc[i][j] + add;
+          FMK_FOR (i, MR) acc[i][j] = acc[i][j] + add;
         }
       }
     }
     if (residual) {
-      FMK_UNROLL for (int j = 0; j < NV; ++j) {
+      FMK_FOR (j, NV) {
         const int lanes = columns - j * V::W;
         if (lanes >= V::W) {
-          FMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] =
-              acc[i][j] + load(residual + i * ld_residual + j * V::W);
+          FMK_FOR (i, MR) acc[i][j] = acc[i][j] + load(residual + i * ld_residual + j * V::W);
         } else if (lanes > 0) {
-          FMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] =
-              acc[i][j] + load(residual + i * ld_residual + j * V::W, lanes);
+          FMK_FOR (i, MR)
+            acc[i][j] = acc[i][j] + load(residual + i * ld_residual + j * V::W, lanes);
         }
       }
     }
     if (preactivation) store_tile(preactivation, acc);
     if (activation > Activation::kRelu6) {
       Elem z[MR][NV * V::W];
-      FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j)
-          store(&z[i][j * V::W], acc[i][j]);
+      FMK_FOR (i, MR)
+        FMK_FOR (j, NV) store(&z[i][j * V::W], acc[i][j]);
       activate_rows(activation, &z[0][0], NV * V::W, MR, columns, out, ld_out);
       return;
     }
     if (activation != Activation::kNone) {
       const V low = zero<V>();
-      FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-          max(low, acc[i][j]);
+      FMK_FOR (i, MR)
+        FMK_FOR (j, NV) acc[i][j] = max(low, acc[i][j]);
     }
     if (activation == Activation::kRelu6) {
       const V high = splat_as<V>(6);
-      FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-          min(high, acc[i][j]);
+      FMK_FOR (i, MR)
+        FMK_FOR (j, NV) acc[i][j] = min(high, acc[i][j]);
     }
     store_tile(out, acc);
   }
 
   template <int MR, int NV>
   FMK_LAMBDA void store_tile(T* to, V (&acc)[MR][NV]) const {
-    FMK_UNROLL for (int j = 0; j < NV; ++j) {
+    FMK_FOR (j, NV) {
       const int lanes = columns - j * V::W;
       if (lanes >= V::W) {
-        FMK_UNROLL for (int i = 0; i < MR; ++i) store(to + i * ld_out + j * V::W, acc[i][j]);
+        FMK_FOR (i, MR) store(to + i * ld_out + j * V::W, acc[i][j]);
       } else if (lanes > 0) {
-        FMK_UNROLL for (int i = 0; i < MR; ++i) store(to + i * ld_out + j * V::W, acc[i][j], lanes);
+        FMK_FOR (i, MR) store(to + i * ld_out + j * V::W, acc[i][j], lanes);
       }
     }
   }

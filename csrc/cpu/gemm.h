@@ -57,20 +57,20 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
                                 const typename Mac::Word* b, int64_t ldb, int64_t first = 0) {
   using V = typename Mac::V;
   const typename Mac::Word* row[MR];
-  FMK_UNROLL for (int i = 0; i < MR; ++i) row[i] = rows[i] + first;
+  FMK_FOR (i, MR) row[i] = rows[i] + first;
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
-    FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
-    FMK_UNROLL for (int i = 0; i < MR; ++i) {
+    FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
+    FMK_FOR (i, MR) {
       const V x = Mac::splat_word(row[i] + k);
-      FMK_UNROLL for (int j = 0; j < NV; ++j) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
+      FMK_FOR (j, NV) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
     }
     b += ldb;
   };
   int64_t k = 0;
   if constexpr (kSums > 1) {
     for (; k + kSums <= words; k += kSums)
-      FMK_UNROLL for (int s = 0; s < kSums; ++s) step(acc[s], k + s);
+      FMK_FOR (s, kSums) step(acc[s], k + s);
   }
   for (; k < words; ++k) step(acc[0], k);
 }
@@ -78,17 +78,19 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
 template <class V, int kSums, int MR, int NV>
 FMK_INLINE void start_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init,
                            int64_t init_vec_step = V::W) {
-  FMK_UNROLL for (int s = 0; s < kSums; ++s) FMK_UNROLL for (int i = 0; i < MR; ++i)
-      FMK_UNROLL for (int j = 0; j < NV; ++j) acc[s][i][j] = zero<V>();
+  FMK_FOR (s, kSums)
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) acc[s][i][j] = zero<V>();
   if (init) {
-    FMK_UNROLL for (int i = 0; i < MR; ++i) FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] =
-        load(init + i * ld_init + j * init_vec_step);
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) acc[0][i][j] = load(init + i * ld_init + j * init_vec_step);
   }
 }
 template <class V, int kSums, int MR, int NV>
 FMK_INLINE void add_sums(V (&acc)[kSums][MR][NV]) {
-  FMK_UNROLL for (int s = 1; s < kSums; ++s) FMK_UNROLL for (int i = 0; i < MR; ++i)
-      FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] = acc[0][i][j] + acc[s][i][j];
+  FMK_FOR (s, kSums - 1)
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) acc[0][i][j] = acc[0][i][j] + acc[s + 1][i][j];
 }
 
 template <class Mac, int MR, int NV, bool kReductionMajor, class Finish>
@@ -106,11 +108,10 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
       const Word* a = in.rows ? in.rows[element] : in.a;
       for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
         V panel[NV];
-        FMK_UNROLL for (int j = 0; j < NV; ++j) panel[j] = pin(Mac::load_words(b + j * V::W));
-        FMK_UNROLL for (int i = 0; i < MR; ++i) {
+        FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
+        FMK_FOR (i, MR) {
           const V x = Mac::splat_word(a + i);
-          FMK_UNROLL for (int j = 0; j < NV; ++j) acc[0][i][j] =
-              Mac::mac(acc[0][i][j], x, panel[j]);
+          FMK_FOR (j, NV) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
         }
       }
     }

@@ -163,10 +163,10 @@ FMK_INLINE V load_positions(const uint8_t* p, int lanes) {
 }
 
 // sums[x] += the gradients of one row of windows whose maximum lies in kernel row base / kernel_w.
-// relu: outputs of a relu before the pooling, whose derivative is applied on the way; null: none.
+// A position that is none of a window's matches nothing, and its gradient goes nowhere.
 template <class T>
-void unpool_pixels(const MaxPool& m, int64_t base, const T* grad, const T* relu,
-                   const uint8_t* positions, Acc<T>* sums) {
+void unpool_pixels(const MaxPool& m, int64_t base, const T* grad, const uint8_t* positions,
+                   Acc<T>* sums) {
   using V = Vec<T>;
   using A = Acc<T>;
   const PoolShape& s = m.pool;
@@ -175,8 +175,7 @@ void unpool_pixels(const MaxPool& m, int64_t base, const T* grad, const T* relu,
     for (int64_t c = 0; c < m.channels; c += V::W) {
       const int64_t at = column * m.channels + c;
       const int lanes = static_cast<int>(min_of<int64_t>(V::W, m.channels - c));
-      V value = load(grad + at, lanes);
-      if (relu) value = value * activate_grad(Activation::kRelu, load(relu + at, lanes));
+      const V value = load(grad + at, lanes);
       const V position = load_positions<V>(positions + at, lanes);
       for (int64_t j = 0; j < s.kernel_w; ++j) {
         const int64_t to = x + j * s.dilation_w;
@@ -209,16 +208,15 @@ FMK_INLINE void store_interleaved(typename V::Elem* p, V a, V b) {
 
 // No branches on positions: they are as good as random.
 template <class T>
-void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const T* relu,
-                  const uint8_t* positions, Acc<T>* sums) {
+void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const uint8_t* positions,
+                  Acc<T>* sums) {
   using V = Vec<T>;
   using A = Acc<T>;
   const PoolShape& s = m.pool;
   const bool halves = s.kernel_w == 2 && s.stride_w == 2 && s.dilation_w == 1 && s.padding_w == 0;
   for (int64_t column = 0; column < s.out_width; column += V::W) {
     const int lanes = static_cast<int>(min_of<int64_t>(V::W, s.out_width - column));
-    V value = load(grad + column, lanes);
-    if (relu) value = value * activate_grad(Activation::kRelu, load(relu + column, lanes));
+    const V value = load(grad + column, lanes);
     const V position = load_positions<V>(positions + column, lanes);
     const auto part = [&](int64_t j) FMK_LAMBDA {
       const V here = splat(static_cast<A>(base + j));
@@ -243,8 +241,8 @@ void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const T* relu,
 
 // Every input row gathers from the windows over it, so no two threads write to one place.
 template <class T>
-void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, const T* relu_output,
-            T* grad_input, const Parallel& pool) {
+void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, T* grad_input,
+            const Parallel& pool) {
   using V = Vec<T>;
   using A = Acc<T>;
   const PoolShape& s = m.pool;
@@ -265,13 +263,12 @@ void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, const
       const int64_t i = dy / s.dilation_h;
       const int64_t at = (plane * s.out_height + row) * s.out_width * lane_step;
       const T* grad = grad_output + at;
-      const T* relu = relu_output ? relu_output + at : nullptr;
       const uint8_t* positions = argmax + at;
       const int64_t base = i * s.kernel_w;
       if (m.channels_last)
-        unpool_pixels(m, base, grad, relu, positions, sums);
+        unpool_pixels(m, base, grad, positions, sums);
       else
-        unpool_plane(m, base, grad, relu, positions, sums);
+        unpool_plane(m, base, grad, positions, sums);
     }
     T* out = grad_input + (plane * m.height + y) * row_size;
     for (int64_t x = 0; x + V::W <= row_size; x += V::W) store(out + x, load(sums + x));
@@ -289,18 +286,12 @@ void max_pool_forward(const MaxPool& m, const void* input, void* output, uint8_t
   });
 }
 
-void unpool_through_relu(const MaxPool& m, const void* grad_output, const uint8_t* argmax,
-                         const void* relu_output, void* grad_input, const Parallel& pool) {
-  with_type(m.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    unpool(m, static_cast<const T*>(grad_output), argmax, static_cast<const T*>(relu_output),
-           static_cast<T*>(grad_input), pool);
-  });
-}
-
 void max_pool_backward(const MaxPool& m, const void* grad_output, const uint8_t* argmax,
                        void* grad_input, const Parallel& pool) {
-  unpool_through_relu(m, grad_output, argmax, nullptr, grad_input, pool);
+  with_type(m.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    unpool(m, static_cast<const T*>(grad_output), argmax, static_cast<T*>(grad_input), pool);
+  });
 }
 
 }  // namespace fmk::FMK_ISA

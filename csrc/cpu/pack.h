@@ -166,9 +166,9 @@ FMK_NOINLINE void pack_row_pointers_as_panel(const T* const* rows, int64_t first
 // r+12 into one register does half of the transposition, two rounds of shuffles within 128-bit
 // lanes the rest.
 FMK_INLINE void transpose_16x16(const float* src, int64_t ld, float* dst, int64_t ld_dst) {
-  FMK_UNROLL for (int quarter = 0; quarter < 4; ++quarter) {
+  FMK_FOR (quarter, 4) {
     __m512 row[4];
-    FMK_UNROLL for (int i = 0; i < 4; ++i) {
+    FMK_FOR (i, 4) {
       const float* p = src + i * ld + 4 * quarter;
       __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
       x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 4 * ld), 1);

@@ -103,7 +103,7 @@ FMK_NOINLINE void gate_gradients(GateGradients<T> s, int rows, int columns) {
       const V grads[4] = {dc * g * i * (one - i),
                           dc * load_lanes(s.before + j, lanes) * f * (one - f),
                           dc * i * fnma(g, g, one), dh * tanh_c * o * (one - o)};
-      FMK_UNROLL for (int gate = 0; gate < 4; ++gate) {
+      FMK_FOR (gate, 4) {
         store_lanes(s.grad_gates + gate * H + j, grads[gate], lanes);
         Acc<T>* sum = s.sums + gate * s.ld_grad_hidden + j;
         store(sum, load(sum) + grads[gate]);

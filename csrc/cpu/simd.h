@@ -28,7 +28,8 @@
 #define FMK_INLINE static inline __attribute__((always_inline))
 #define FMK_LAMBDA __attribute__((always_inline))
 #define FMK_NOINLINE static __attribute__((noinline))
-#define FMK_UNROLL _Pragma("GCC unroll 32")
+// for (i = 0 .. count - 1), unrolled: loops over a tile's registers, which must not stay loops.
+#define FMK_FOR(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
 
 namespace fmk::FMK_ISA {
 

@@ -75,9 +75,10 @@ template <class F, int P>
 FMK_INLINE void transform_input_pair(const float* const* pixels, int64_t channel, float* out) {
   constexpr int n = F::kPoints;
   VecF rows[2][n];
-  FMK_UNROLL for (int x = 0; x < n; ++x) F::template input_pair<P>(
-      [&](int y) FMK_LAMBDA { return load(pixels[x * n + y] + channel); }, rows[0][x], rows[1][x]);
-  FMK_UNROLL for (int r = 0; r < 2; ++r) {
+  FMK_FOR (x, n)
+    F::template input_pair<P>([&](int y) FMK_LAMBDA { return load(pixels[x * n + y] + channel); },
+                              rows[0][x], rows[1][x]);
+  FMK_FOR (r, 2) {
     float* row = out + F::kInputRows[P][r] * n * VecF::W;
     const auto d = [&](int x) FMK_LAMBDA { return rows[r][x]; };
     VecF first, second;
@@ -112,17 +113,18 @@ FMK_NOINLINE void transform_output(const float* m, float* out, int64_t row_step,
   const auto half = [&](auto pair) FMK_LAMBDA {
     constexpr int P = decltype(pair)::value;
     VecF w[2][n];
-    FMK_UNROLL for (int x = 0; x < n; ++x) F::template output_pair<P>(
-        [&](int y) FMK_LAMBDA { return load(m + (y * n + x) * VecF::W); }, w[0][x], w[1][x]);
-    FMK_UNROLL for (int r = 0; r < 2; ++r) {
+    FMK_FOR (x, n)
+      F::template output_pair<P>([&](int y) FMK_LAMBDA { return load(m + (y * n + x) * VecF::W); },
+                                 w[0][x], w[1][x]);
+    FMK_FOR (r, 2) {
       const int i = F::kOutputRows[P][r];
       VecF y[kOutputs];
       const auto d = [&](int x) FMK_LAMBDA { return w[r][x]; };
       F::template output_pair<0>(d, y[F::kOutputRows[0][0]], y[F::kOutputRows[0][1]]);
       F::template output_pair<1>(d, y[F::kOutputRows[1][0]], y[F::kOutputRows[1][1]]);
       if (i < rows) {
-        FMK_UNROLL for (int j = 0; j < kOutputs; ++j) if (j < columns)
-            store(out + i * row_step + j * column_step, y[j]);
+        FMK_FOR (j, kOutputs)
+          if (j < columns) store(out + i * row_step + j * column_step, y[j]);
       }
     }
   };

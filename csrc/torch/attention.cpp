@@ -65,16 +65,10 @@ ScalarType lse_type(DType dtype) {
   return dtype == DType::kF64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether `query` is the transpose of a contiguous (B, Sq, Hq, D) tensor, and not contiguous
-// itself.
+// Whether the heads of a position lie side by side in `query`, as they do in the transpose of a
+// (B, Sq, Hq, D) tensor, or of one third of a packed projection.
 bool is_transposed(const Tensor& query) {
-  if (query.is_contiguous()) return false;
-  int64_t stride = 1;
-  for (const int dim : {3, 1, 2, 0}) {
-    if (query.size(dim) != 1 && query.stride(dim) != stride) return false;
-    stride *= query.size(dim);
-  }
-  return true;
+  return query.size(1) > 1 && query.size(2) > 1 && query.stride(1) < query.stride(2);
 }
 
 AttentionResult result(const Tensor& tensor) {

@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   if (needs_preactivation(p.activation)) {
     check_image(saved, "saved", dtype, c.conv_size, channels_last);
     p.saved = data_of(saved);
-  } else if (p.activation != Activation::kNone) {
+  } else if (p.activation != Activation::kNone && pool.empty()) {
     check_image(output, "output", dtype, c.output_size, channels_last);
     p.saved = data_of(output);
   }

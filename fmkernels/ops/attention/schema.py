@@ -12,7 +12,8 @@ B batch, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv), Sq quer
     ``(B, Hq, Sq)`` in float32 (float64 for float64). A row without any visible key has output 0
     and lse -inf.
     The output is contiguous, except that it is the transpose of a contiguous ``(B, Sq, Hq, Dv)``
-    tensor when the query is the transpose of a contiguous ``(B, Sq, Hq, D)`` one.
+    tensor when the query has the heads of a position side by side, as the transpose of a
+    ``(B, Sq, Hq, D)`` tensor or of a third of a packed projection does.
 ``sdpa_backward``
     grad_output has unit last stride and otherwise any strides; grad_lse is contiguous. Returns
     the gradients of query, key and value, contiguous; an empty tensor of shape ``(0,)`` for each
@@ -44,7 +45,7 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """Allocate ``(B, Hq, Sq, Dv)`` in the memory layout that the op promises for this query."""
     batch, heads, length, _ = query.shape
     width = value.size(-1)
-    if query.transpose(1, 2).is_contiguous() and not query.is_contiguous():
+    if heads > 1 and length > 1 and query.stride(1) < query.stride(2):
         return query.new_empty(batch, length, heads, width).transpose(1, 2)
     return query.new_empty(batch, heads, length, width)
 

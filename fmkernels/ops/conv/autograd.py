@@ -40,9 +40,9 @@ class _Conv2d(torch.autograd.Function):
         output, saved, argmax = CONV2D[backend].forward(
             input, weight, bias, scale, shift, residual, packed_weight, *options, True, exact
         )
-        # Only relu's derivative reads the output; for the others `saved` stands in for it, so that
-        # the output is not kept alive.
-        kept_output = output if activation == "relu" else saved
+        # Only an unpooled relu's derivative reads the output; for the others `saved` stands in for
+        # it, so that the output is not kept alive, and may be overwritten in place.
+        kept_output = output if activation == "relu" and not pool else saved
         ctx.save_for_backward(input, weight, scale, kept_output, saved, argmax)
         ctx.set_materialize_grads(False)
         ctx.options = options

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmkernels.ops import _activations
-from fmkernels.ops.conv.schema import conv_output_size, memory_format_of
+from fmkernels.ops.conv.schema import RELU_ZERO, conv_output_size, memory_format_of
 
 
 def conv2d_forward(
@@ -55,7 +55,10 @@ def conv2d_forward(
             (1, 1),
             False,
         )
-        argmax = positions if save_for_backward else argmax
+        if save_for_backward:
+            argmax = positions
+            if activation == "relu":
+                argmax = positions.masked_fill(output <= 0, RELU_ZERO)
     return output.contiguous(memory_format=memory_format), saved, argmax
 
 
@@ -85,8 +88,9 @@ def conv2d_backward(
     grad = grad_output.to(_activations.opmath_dtype(dtype))
     if pool:
         if activation == "relu":
-            # A maximum that relu zeroed passes no gradient on, so its output says enough.
-            grad = _activations.apply_backward(activation, grad, None, output)
+            dead = argmax == RELU_ZERO
+            grad = grad.masked_fill(dead, 0)
+            argmax = argmax.masked_fill(dead, 0)  # which may lie outside, see below
         spatial = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
         conv_shape = (input.shape[0], weight.shape[0], *spatial)
         grad = max_pool2d_backward(
@@ -169,6 +173,7 @@ def max_pool2d_backward(
     """See schema.py. Windows that overlap add up in the accumulation dtype."""
     memory_format = memory_format_of(grad_output)
     indices = flat_indices(argmax, input_size[3], kernel_size, stride, padding, dilation)
+    indices = indices.clamp(min=0)  # a window's first element may lie in the padding
     batch, channels, height, width = input_size
     grad_input = grad_output.new_zeros(
         (batch, channels, height * width), dtype=_activations.opmath_dtype(grad_output.dtype)

@@ -13,7 +13,9 @@ conv2d_forward computes
 * ``saved`` is the pre-activation (shaped like the convolution's output), only if
   ``save_for_backward`` and the activation is neither None nor relu.
 * ``argmax`` (uint8, shaped like ``output``), only if ``save_for_backward`` and there is a pool, is
-  the position ``i * kernel_w + j`` of the first maximum within its window.
+  the position ``i * kernel_w + j`` of the first maximum within its window; where the activation is
+  relu and that maximum is zero it is RELU_ZERO instead, and no element gets a gradient. The
+  backward then reads ``output`` only for a relu without a pool.
 
 ``exact`` forbids algorithms with a larger error than direct summation (Winograd). A weight packed
 without it may be passed to a forward with it: the forward then packs anew if it has to.
@@ -33,6 +35,7 @@ from torch import Tensor
 from fmkernels.ops._activations import needs_preactivation
 
 MAX_POOL_AREA = 256  # a window-local argmax fits in uint8
+RELU_ZERO = 255  # no position: a fused window holds at most 9 elements
 
 _library = torch.library.Library("fmkernels", "FRAGMENT")
 _library.define(
