@@ -643,7 +643,7 @@ def test_compile(grad, make, backend):
 
 
 def test_output_may_be_overwritten_in_place(backend):
-    """The pooled output of a relu is not needed again, as in torch, where pooling keeps its input."""
+    """The pooled output of a relu is not needed again, as in torch, whose pool keeps its input."""
     layer = fnn.Conv2d(3, 8, 3, activation="relu", pool=("max", 2, 2, 0), backend=backend)
     output = layer(torch.randn(2, 3, 10, 10))
     output += 1
