@@ -111,7 +111,7 @@ struct WeightGrad {
     const int64_t total = groups * out_channels, image = p.y.out_size * p.x.out_size;
     if constexpr (sizeof(T) == sizeof(A)) {
       const Piece& first = block.pieces[0];
-      if (p.channels_last && width == total)
+      if (p.channels_last && groups == 1 && width == total)
         return p.grad + (first.image * image + first.begin * p.x.out_size) * total;
     }
     const int64_t pixels = block.rows * p.x.out_size;
