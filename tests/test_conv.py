@@ -38,6 +38,8 @@ PROBLEMS = {
     "stride_over_kernel": ((1, 3, 11, 11), 4, (2, 2), 3, 1, 1, 1),
     "padding_over_kernel": ((1, 3, 4, 5), 4, (3, 3), 1, 4, 1, 1),
     "grouped": ((2, 8, 9, 9), 12, (3, 3), 1, 1, 1, 4),
+    # As many output channels in all as one panel of the kernels holds, but one in each group.
+    "groups_of_one_output": ((2, 32, 9, 8), 16, (3, 3), 1, 1, 1, 16),
     "depthwise": ((2, 17, 10, 9), 17, (3, 3), 1, 1, 1, 17),
     "depthwise_multiplier": ((1, 6, 9, 8), 12, (5, 5), 2, 2, 1, 6),
     "whole_image": ((3, 4, 6, 5), 9, (6, 5), 1, 0, 1, 1),
