@@ -209,6 +209,17 @@ struct Correlator {
     }
   }
 
+  // The next tile's pixels under the last tap, which nothing has touched yet: several pixels by
+  // turns are no stream to the hardware. Matters where few taps share what is read (1x1).
+  void prefetch_next(const Block<D>& block, int n, int64_t count, int64_t run_words) const {
+    if (count == 0) return;
+    const D* const* newest = block.pointers + (count - 1) * n;
+    const int64_t ahead = n * p.x.stride * pixel_words;
+    for (int i = 0; i < n; ++i)
+      for (int64_t word = 0; word < run_words; word += 64 / static_cast<int64_t>(sizeof(D)))
+        __builtin_prefetch(newest[i] + ahead + word, 0, 2);
+  }
+
   // to[i] = from[i] + bytes for i < n, rounded up to 8.
   FMK_INLINE void add_to_addresses(const D* const* from, int64_t bytes, int n, const D** to) {
     typedef int64_t Addresses __attribute__((vector_size(64)));
@@ -281,6 +292,7 @@ struct Correlator {
         const int64_t pixel = tiles.begin(t);
         const int n = tiles.rows(t);
         find_pointers(block, group, pixel, n, e0, e1, w0);
+        if (in_place && group == 0 && panel == 0) prefetch_next(block, n, e1 - e0, in.words);
         if (chunk > 0) in.init = partial + pixel * width;
         if (last)
           run_tile_with_epilogue<T, false>(n, vecs, in, epilogue.at_row(pixel));
