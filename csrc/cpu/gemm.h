@@ -32,9 +32,9 @@ struct TileOperands {
   int64_t words = 0;           // reduction length of one batch element
   const Word* b = nullptr;     // the panel: [batch][words][NV * W], or with rows ldb words apart
   int64_t ldb = 0;             // 0: NV * W, a dense panel
-  const Elem* init = nullptr;  // [MR][ld_init] start values; null: zero
+  const Elem* init = nullptr;  // [MR][ld_init] added to the sums; null: zero
   int64_t ld_init = 0;
-  int64_t init_vec_step = Mac::V::W;  // from one vector of a row's start values to the next
+  int64_t init_vec_step = Mac::V::W;  // from one vector of a row of init to the next
 };
 
 // A fused multiply-add takes several cycles, so a tile of few accumulators would wait for itself:
@@ -76,21 +76,24 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
 }
 
 template <class V, int kSums, int MR, int NV>
-FMK_INLINE void start_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init,
-                           int64_t init_vec_step = V::W) {
+FMK_INLINE void clear_sums(V (&acc)[kSums][MR][NV]) {
   FMK_FOR (s, kSums)
     FMK_FOR (i, MR)
       FMK_FOR (j, NV) acc[s][i][j] = zero<V>();
-  if (init) {
-    FMK_FOR (i, MR)
-      FMK_FOR (j, NV) acc[0][i][j] = load(init + i * ld_init + j * init_vec_step);
-  }
 }
+// acc[0] += the other sets, and what is added to the reduction; null: nothing. Added last: a long
+// reduction cut into chunks is then a sum of sums, whose rounding error is that of a chunk, and not
+// one long chain.
 template <class V, int kSums, int MR, int NV>
-FMK_INLINE void add_sums(V (&acc)[kSums][MR][NV]) {
+FMK_INLINE void add_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, int64_t ld_init,
+                         int64_t init_vec_step = V::W) {
   FMK_FOR (s, kSums - 1)
     FMK_FOR (i, MR)
       FMK_FOR (j, NV) acc[0][i][j] = acc[0][i][j] + acc[s + 1][i][j];
+  if (init) {
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) acc[0][i][j] = acc[0][i][j] + load(init + i * ld_init + j * init_vec_step);
+  }
 }
 
 template <class Mac, int MR, int NV, bool kReductionMajor, class Finish>
@@ -99,7 +102,7 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   using Word = typename Mac::Word;
   constexpr int kSums = kReductionMajor ? 1 : kPartialSums<MR, NV>;
   V acc[kSums][MR][NV];
-  start_sums(acc, in.init, in.ld_init, in.init_vec_step);
+  clear_sums(acc);
   const Word* b = in.b;
   const int64_t words = in.words, ldb = in.ldb ? in.ldb : NV * V::W;
   if constexpr (kReductionMajor) {
@@ -120,8 +123,8 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
     const int64_t rows_step = in.batch_step ? 0 : MR;
     for (int64_t element = 0; element < in.batch; ++element, rows += rows_step, b += words * ldb)
       accumulate_rows<Mac>(acc, rows, words, b, ldb, element * in.batch_step);
-    add_sums(acc);
   }
+  add_sums(acc, in.init, in.ld_init, in.init_vec_step);
   finish.template run<MR, NV>(acc[0]);
 }
 

@@ -109,10 +109,10 @@ FMK_NOINLINE void gate_tile(const GateOperands<M>& in) {
   using V = typename M::V;
   constexpr int64_t kWidth = kGates * V::W;
   V acc[kPartialSums<MR, kGates>][MR][kGates];
-  start_sums(acc, in.init, in.ld_init);
+  clear_sums(acc);
   for (const auto& part : in.parts)
     if (part.words) accumulate_rows<M>(acc, part.rows, part.words, part.panel, kWidth);
-  add_sums(acc);
+  add_sums(acc, in.init, in.ld_init);
   StoreAccumulators<V>{in.gates, kWidth}.run(acc[0]);
 }
 
