@@ -155,7 +155,8 @@ def replaced_copy(model: nn.Module) -> nn.Module:
 class _Trainee:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.train()
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        # A small rate: larger steps amplify rounding before ten of them are done.
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
         self.losses: list[float] = []
         self.seconds = 0.0
 
