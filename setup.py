@@ -6,6 +6,8 @@ Environment:
         fails, the install fails.
     FMKERNELS_CUDA=auto|0|1  the same for the CUDA kernels; build_support/cuda.py says what auto
         asks for.
+    FMKERNELS_BUILD_ISAS=avx512,avx2  only these instruction sets and scalar, to build faster while
+        developing; all by default.
     CXX, CXXFLAGS, MAX_JOBS  the compiler, flags to add, and how many sources to compile at once.
 """
 

@@ -104,11 +104,26 @@ def find_compiler(environ: Mapping[str, str]) -> list[str] | None:
     return None
 
 
-def usable_isas(compiler: Sequence[str], machine: str) -> list[Isa]:
-    """The instruction sets that this compiler can build for `machine` (platform.machine()), scalar
-    always."""
+def requested_isas(environ: Mapping[str, str]) -> list[Isa]:
+    """The instruction sets named in $FMKERNELS_BUILD_ISAS, comma-separated; all when it is unset.
+    scalar always, because it is what every machine can fall back to. Raises BuildError for an
+    unknown name."""
+    names = [n.strip() for n in environ.get("FMKERNELS_BUILD_ISAS", "").split(",") if n.strip()]
+    if unknown := set(names) - {isa.name for isa in ISAS}:
+        raise BuildError(
+            f"FMKERNELS_BUILD_ISAS: unknown {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(isa.name for isa in ISAS)}"
+        )
+    return [isa for isa in ISAS if not names or isa.name in names or isa is ISAS[0]]
+
+
+def usable_isas(
+    compiler: Sequence[str], machine: str, requested: Sequence[Isa] = ISAS
+) -> list[Isa]:
+    """Of the `requested` instruction sets those that this compiler can build for `machine`
+    (platform.machine()), scalar always."""
     usable = [ISAS[0]]
-    for isa in ISAS[1:] if machine in ("x86_64", "AMD64") else ():
+    for isa in requested[1:] if machine in ("x86_64", "AMD64") else ():
         program = f"#include <immintrin.h>\nvoid probe() {{ {isa.probe}; (void)zero; }}\n"
         command = [*compiler, "-std=c++20", *isa.flags, "-x", "c++", "-fsyntax-only", "-"]
         result = subprocess.run(command, input=program, capture_output=True, text=True)
@@ -348,7 +363,7 @@ def make_builder(root: Path, compiler: Sequence[str], environ: Mapping[str, str]
         environ=environ,
     )
     print(f"fmkernels: CUDA kernels: {'yes' if decision.toolkit else 'no'}, {decision.reason}")
-    isas = usable_isas(compiler, platform.machine())
+    isas = usable_isas(compiler, platform.machine(), requested_isas(environ))
     print(
         f"fmkernels: {shlex.join(compiler)}, ISAs: {', '.join(isa.name for isa in isas)}",
         flush=True,

@@ -174,6 +174,16 @@ class TestCompiler:
         assert isas == ["scalar", "avx2", "avx512"]
         assert "avx512_bf16; that path is left out" in capsys.readouterr().out
 
+    def test_requested_isas(self):
+        def names(value):
+            isas = native.requested_isas({"FMKERNELS_BUILD_ISAS": value})
+            return [isa.name for isa in isas]
+
+        assert names("") == [isa.name for isa in native.ISAS]
+        assert names("avx512, avx2") == ["scalar", "avx2", "avx512"]
+        with pytest.raises(native.BuildError, match="unknown sse9; there are scalar"):
+            names("avx2,sse9")
+
     def test_job_count(self):
         processors = len(os.sched_getaffinity(0))
         assert native.job_count({}) == processors

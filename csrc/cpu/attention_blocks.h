@@ -238,7 +238,7 @@ FMK_INLINE void store_words(Bf16Pair* to, VecF low, VecF high) {
   const __m512i interleave =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+  const __m512i halves = narrow_bf16(high, low);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
 }
 #endif

@@ -49,6 +49,9 @@ CpuFeatures detect() {
   if (features.avx512 && leaf7_subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     features.avx512_bf16 = bit(eax, 5);
   }
+#if defined(FMK_EMULATE_BF16)  // simd/avx512.h
+  features.avx512_bf16 = features.avx512;
+#endif
   return features;
 }
 

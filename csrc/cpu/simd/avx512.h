@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+// -DFMK_EMULATE_BF16 (CXXFLAGS) replaces the two instructions of AVX512_BF16 by AVX-512 arithmetic,
+// so that the kernels of that ISA are tested on processors without it. Slow; not for shipping.
 #if defined(__AVX512BF16__)
 #define FMK_BF16_DOT 1
 #else
@@ -50,7 +52,7 @@ FMK_INLINE VecF load(const f16* p, int n) {
 }
 
 FMK_INLINE __m256i narrow_bf16(VecF x) {
-#if FMK_BF16_DOT
+#if FMK_BF16_DOT && !defined(FMK_EMULATE_BF16)
   return (__m256i)_mm512_cvtneps_pbh(x.v);
 #else
   const __m512i bits = _mm512_castps_si512(x.v);
@@ -61,6 +63,16 @@ FMK_INLINE __m256i narrow_bf16(VecF x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
 }
+#if FMK_BF16_DOT
+// low's numbers in the lower half.
+FMK_INLINE __m512i narrow_bf16(VecF high, VecF low) {
+#if defined(FMK_EMULATE_BF16)
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low)), narrow_bf16(high), 1);
+#else
+  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+#endif
+}
+#endif
 FMK_INLINE __m256i narrow_f16(VecF x) {
   return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -140,7 +152,16 @@ FMK_INLINE VecD pin(VecD a) {
 // acc[lane] += a[2*lane] * b[2*lane] + a[2*lane+1] * b[2*lane+1], pairs of bf16 in 32-bit lanes.
 // Denormal inputs count as zero (vdpbf16ps ignores MXCSR).
 FMK_INLINE VecF dot2(VecF acc, VecF a, VecF b) {
+#if defined(FMK_EMULATE_BF16)
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const auto odd = [&](VecF x) {
+    return _mm512_castsi512_ps(_mm512_and_si512((__m512i)x.v, high));
+  };
+  const auto even = [](VecF x) { return _mm512_castsi512_ps(_mm512_slli_epi32((__m512i)x.v, 16)); };
+  return {_mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), acc.v))};
+#else
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
 }
 #endif
 

@@ -60,7 +60,7 @@ double fma_f64(int64_t rounds, double* flops) {
   return multiply_add_rounds<F64, double>(rounds, flops);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(FMK_EMULATE_BF16)
 float fma_bf16(int64_t rounds, double* flops) {
   __m512 sums[kAccumulators];
   for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_set1_ps(float(i));
@@ -95,7 +95,7 @@ uint64_t read(const void* data, int64_t bytes) {
 }  // namespace
 
 const PeakKernels& peak_kernels() {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(FMK_EMULATE_BF16)
   static constexpr PeakKernels table{&fma_f32, &fma_f64, &fma_bf16, &read};
 #else
   static constexpr PeakKernels table{&fma_f32, &fma_f64, nullptr, &read};
