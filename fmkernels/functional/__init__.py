@@ -2,15 +2,22 @@
 
 from fmkernels.functional.attention import scaled_dot_product_attention
 from fmkernels.functional.conv import conv1d, conv2d, max_pool2d
+from fmkernels.functional.feed_forward import feed_forward
 from fmkernels.functional.linear import linear
+from fmkernels.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fmkernels.functional.rnn import lstm, lstm_cell
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "conv1d",
     "conv2d",
+    "feed_forward",
+    "layer_norm",
     "linear",
     "lstm",
     "lstm_cell",
     "max_pool2d",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]

@@ -1,0 +1,1 @@
+"""The fused feed-forward block, plain and gated: see schema.py."""

@@ -1,0 +1,127 @@
+"""Differentiable feed-forward: chooses the backend, applies autocast, records the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fmkernels._dispatch import select
+from fmkernels.ops import _dropout
+from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops.feed_forward.backends import FEED_FORWARD
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        input,
+        weight1,
+        bias1,
+        gate_weight,
+        gate_bias,
+        weight2,
+        bias2,
+        residual,
+        packed_weight1,
+        packed_weight2,
+        activation,
+        dropout_p,
+        seed,
+        backend,
+    ):
+        output, hidden, preactivation, gate_preactivation = FEED_FORWARD[backend].forward(
+            input,
+            weight1,
+            bias1,
+            gate_weight,
+            gate_bias,
+            weight2,
+            bias2,
+            residual,
+            packed_weight1,
+            packed_weight2,
+            activation,
+            dropout_p,
+            seed,
+            True,
+        )
+        ctx.save_for_backward(
+            input, weight1, gate_weight, weight2, hidden, preactivation, gate_preactivation, seed
+        )
+        ctx.set_materialize_grads(False)
+        ctx.options = (activation, dropout_p)
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return (None,) * 14
+        *tensors, seed = ctx.saved_tensors
+        needed, need_residual = ctx.needs_input_grad[:7], ctx.needs_input_grad[7]
+        grad_output = grad_output.contiguous()
+        grads = (None,) * 7
+        if any(needed):
+            grads = FEED_FORWARD[ctx.backend].backward(
+                grad_output, *tensors, *ctx.options, seed, *needed
+            )
+        return (
+            *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
+            grad_output if need_residual else None,
+            *(None,) * 6,
+        )
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    packed_weights: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    """The block on checked arguments; see schema.py.
+
+    Args:
+        packed_weights: what :func:`pack_feed_forward_weights` made of the weights, or Nones;
+            ignored where autocast casts the weights.
+        dropout_p: the caller passes 0 in evaluation.
+        backend: as in :func:`fmkernels._dispatch.select`.
+    """
+    raw_weight = weight1
+    tensors = cast_for_autocast(
+        input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual
+    )
+    name, _ = select("feed_forward", FEED_FORWARD, backend, tensors[0])
+    if tensors[1] is not raw_weight:
+        packed_weights = (None, None)
+    tensors = tuple(None if t is None else t.contiguous() for t in tensors)
+    seed = _dropout.new_seed(input.device) if dropout_p > 0.0 else None
+    arguments = (*tensors, *packed_weights, activation, dropout_p, seed)
+    if needs_graph(*tensors):
+        return _FeedForward.apply(*arguments, name)
+    return FEED_FORWARD[name].forward(*arguments, False)[0]
+
+
+def pack_feed_forward_weights(
+    weight1: Tensor, gate_weight: Tensor | None, weight2: Tensor, backend: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights as the chosen backend wants them; Nones if that backend packs nothing."""
+    _, implementation = select("feed_forward", FEED_FORWARD, backend, weight1)
+    if implementation.pack is None:
+        return None, None
+    with torch.no_grad():
+        gate = None if gate_weight is None else gate_weight.contiguous()
+        return (
+            implementation.pack(weight1.contiguous(), gate),
+            implementation.pack(weight2.contiguous(), None),
+        )
