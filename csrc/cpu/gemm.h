@@ -49,6 +49,14 @@ template <int MR, int NV>
 constexpr int kPartialSums =
     MR * NV >= kWantedChains ? 1 : (MR * NV * 4 >= kWantedChains ? kWantedChains / (MR * NV) : 4);
 
+// Steps ahead of the reduction at which the panel is asked for: where it comes from L2, the
+// hardware alone does not keep up on every processor. A line more than is read does no harm.
+constexpr int64_t kPanelPrefetchSteps = 4;
+template <class Mac, int NV>
+FMK_INLINE void prefetch_panel(const typename Mac::Word* b, int64_t ldb) {
+  FMK_FOR (j, NV) __builtin_prefetch(b + kPanelPrefetchSteps * ldb + j * Mac::V::W);
+}
+
 // acc += A B over `words` words of MR rows, from word `first` of each on; the accumulators of a
 // tile, in kPartialSums sets.
 template <class Mac, int MR, int NV, int kSums>
@@ -61,6 +69,7 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
+    prefetch_panel<Mac, NV>(b, ldb);
     FMK_FOR (i, MR) {
       const V x = Mac::splat_word(row[i] + k);
       FMK_FOR (j, NV) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
@@ -112,6 +121,7 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
       for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
         V panel[NV];
         FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
+        prefetch_panel<Mac, NV>(b, ldb);
         FMK_FOR (i, MR) {
           const V x = Mac::splat_word(a + i);
           FMK_FOR (j, NV) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
