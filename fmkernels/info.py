@@ -13,6 +13,7 @@ import torch
 
 from fmkernels import _native
 from fmkernels._version import __version__
+from fmkernels.ops._triton.support import device_state
 
 # x86 first, then Arm.
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
@@ -168,9 +169,10 @@ def last_level_cache_bytes() -> int:
 
 def _backend_states() -> tuple[BackendState, ...]:
     absent = "this version has no kernels for it"
+    triton = device_state()
     return (
         BackendState("cpu", _native.HAS_NATIVE, _native.NATIVE_ERROR or ""),
-        BackendState("triton", False, absent),
+        BackendState("triton", triton.ok, triton.reason),
         BackendState("cuda", False, absent),
         BackendState("reference", True, ""),
     )

@@ -19,6 +19,18 @@ hypothesis.settings.register_profile("fmkernels", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("fmkernels")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under TRITON_INTERPRET=1 the families' tests run Triton's kernels too: `-m interpret`."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") != "triton":
+            continue
+        item.add_marker(pytest.mark.interpret)
+        if parameters.get("dtype") is torch.bfloat16:
+            reason = "the interpreter truncates where bfloat16 should be rounded"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Tests draw from torch's global generator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import fmkernels
 import fmkernels.functional as FF
 from fmkernels import _dispatch, _native
 from fmkernels._dispatch import SUPPORTED, Backend, Support, select
+from fmkernels.ops._triton import support
 
 
 def make_backend(name, support=SUPPORTED):
@@ -104,8 +106,8 @@ def test_settings_belong_to_their_thread():
 
 def test_functional_calls_honour_use_backend():
     input, weight = torch.randn(2, 3), torch.randn(4, 3)
-    with fmkernels.use_backend("triton"):
-        with pytest.raises(fmkernels.UnsupportedError, match="triton: has no linear"):
+    with fmkernels.use_backend("cuda"):
+        with pytest.raises(fmkernels.UnsupportedError, match="cuda: has no linear"):
             FF.linear(input, weight)
         FF.linear(input, weight, backend="reference")
 
@@ -115,8 +117,32 @@ def test_other_devices_fall_back_with_a_reason():
     input, weight = torch.randn(2, 3, device="meta"), torch.randn(4, 3, device="meta")
     assert FF.linear(input, weight).shape == (2, 4)
     (decision,) = fmkernels.last_decisions()
-    assert decision.chosen == "reference"
+    assert decision.chosen == ("triton" if support.TRITON.ok else "reference")
     assert "cpu" in dict(decision.refused)
+
+
+@pytest.mark.skipif(support.INTERPRETING, reason="the interpreter serves CPU tensors")
+def test_triton_refuses_cpu_tensors_and_serves_meta_tensors():
+    shapes = (2, 3), (4, 3)
+    with pytest.raises(fmkernels.UnsupportedError, match="triton: "):
+        FF.linear(*map(torch.randn, shapes), backend="triton")
+    if support.TRITON.ok:
+        on_meta = [torch.randn(shape, device="meta") for shape in shapes]
+        assert FF.linear(*on_meta, backend="triton").shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [(None, "is not installed"), ("3.1.0", "3.1.0 is installed")]
+)
+def test_missing_or_old_triton_is_a_reason(version, reason, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    found = support._find_triton()
+    assert not found.ok and reason in found.reason
 
 
 def test_compiled_code_follows_use_backend():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.linear import reference, schema  # noqa: F401 - schema defines the ops
 
 _NATIVE = native_ops_support("linear_forward", "linear_backward", "linear_pack_weight")
@@ -14,6 +15,10 @@ _NATIVE = native_ops_support("linear_forward", "linear_backward", "linear_pack_w
 
 def _cpu_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
     return native_cpu_support(input, _NATIVE)
+
+
+def _triton_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
+    return SUPPORTED
 
 
 def _reference_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
@@ -26,6 +31,9 @@ LINEAR = {
         forward=torch.ops.fmkernels.linear_forward.default,
         backward=torch.ops.fmkernels.linear_backward.default,
         pack=torch.ops.fmkernels.linear_pack_weight.default,
+    ),
+    "triton": triton_backend(
+        "fmkernels.ops.linear.triton", _triton_supports, "linear_forward", "linear_backward"
     ),
     "reference": Backend(
         supports=_reference_supports,

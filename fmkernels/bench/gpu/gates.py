@@ -1,0 +1,117 @@
+"""Judges compiled kernels: do they fit the chip, keep to registers, use its matrix units."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmkernels.bench.gpu import registry
+from fmkernels.bench.gpu.inspect import CHIPS, TENSOR_MEMORY_COLUMNS
+from fmkernels.bench.gpu.sweep import Row
+
+# A newer point release of the compiler may shift a kernel by this many registers.
+REGISTER_SLACK = 8
+_MATRIX_NAMES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
+
+
+def expected_matrix(kernel: registry.Kernel, row: Row) -> str:
+    """The matrix instruction that has to be there, "" for none."""
+    if not kernel.matrix:
+        return ""
+    if row.arch == "gfx942":
+        return "MFMA"
+    if row.dtype == "fp64":
+        return "HMMA" if row.arch in ("sm_80", "sm_90") else ""
+    if row.precision == "ieee" and row.dtype == "fp32":
+        return ""  # float32 products without tf32 are FFMA on NVIDIA
+    if row.blocks.get(kernel.m_block, 64) < 64:
+        return "HMMA"  # too few rows for wgmma and tcgen05
+    return _MATRIX_NAMES[row.arch]
+
+
+def problems(row: Row) -> list[str]:
+    """What is wrong with a compiled kernel, whatever the baseline says."""
+    if row.error:
+        return [row.error]
+    kernel = registry.kernels().get(row.kernel)
+    if kernel is None:
+        return ["is not declared in the registry"]
+    found = row.resources
+    wrong = []
+    if found["shared"] > CHIPS[row.arch].shared:
+        wrong.append(
+            f"{found['shared']} B of shared memory, the chip has {CHIPS[row.arch].shared}"
+        )
+    if found["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
+        wrong.append(f"{found['tensor_memory']} columns of tensor memory")
+    if found["traps"]:
+        wrong.append("the compiler emitted a trap")
+    if found["blocks"] < 1:
+        wrong.append("not one block fits a multiprocessor")
+    if found["spills"] and row.aligned and not row.huge:
+        wrong.append(f"{found['spills']} spill instructions")
+    expected = expected_matrix(kernel, row)
+    if expected and not found["matrix"].get(expected):
+        wrong.append(f"no {expected} instruction, found {found['matrix'] or 'none'}")
+    if row.huge and found["offsets32"]:
+        wrong.append(f"{found['offsets32']} address computations with 32-bit offsets")
+    return wrong
+
+
+def uncovered(rows: Iterable[Row], archs: Iterable[str]) -> list[str]:
+    """Launch configurations in a kernel's table that no case compiled."""
+    compiled = {(row.kernel, row.arch, row.tile) for row in rows}
+    return [
+        f"{name} {arch} {case}: {config.name} is in the table, and no case compiles it"
+        for name, kernel in registry.kernels().items()
+        for arch in archs
+        for case, config in kernel.tables.get(arch, {}).items()
+        if (name, arch, config.name) not in compiled
+    ]
+
+
+def baseline_entry(row: Row) -> dict[str, Any]:
+    """What the committed baseline keeps of a row."""
+    kept = ("registers", "spills", "shared", "tensor_memory")
+    return {name: row.resources[name] for name in kept}
+
+
+def regressions(row: Row, baseline: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How a row is worse than the baseline's."""
+    if row.error:
+        return []
+    before = baseline.get(row.key)
+    if before is None:
+        return ["is not in the baseline: write it anew with --write-baseline"]
+    found = row.resources
+    worse = [
+        f"{name} {found[name]}, was {before[name]}"
+        for name, slack in (("spills", 0), ("shared", 0), ("tensor_memory", 0))
+        if found[name] > before[name] + slack
+    ]
+    if found["registers"] > before["registers"] + REGISTER_SLACK:
+        worse.append(f"registers {found['registers']}, was {before['registers']}")
+    return worse
+
+
+def read_baseline(path: Path, triton_version: str) -> dict[str, dict[str, Any]] | None:
+    """The rows recorded for a version of triton; None if there are none."""
+    if not path.exists():
+        return None
+    return json.loads(path.read_text()).get(triton_version)
+
+
+def write_baseline(path: Path, triton_version: str, rows: Iterable[Row]) -> None:
+    """Replace the rows of one version of triton, one row per line."""
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    versions[triton_version] = {row.key: baseline_entry(row) for row in rows if not row.error}
+    blocks = []
+    for version in sorted(versions):
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(entry)}"
+            for key, entry in sorted(versions[version].items())
+        ]
+        blocks.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
