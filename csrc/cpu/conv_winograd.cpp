@@ -1,6 +1,9 @@
 #include "cpu/conv_winograd.h"
 
+#include <type_traits>
+
 #include "cpu/conv_finish.h"
+#include "cpu/winograd_multiply.h"
 #include "cpu/winograd_transforms.h"
 
 namespace fmk::FMK_ISA {
@@ -10,20 +13,12 @@ using F = WinogradF4;
 constexpr int kTile = F::kOutputs, kWindow = F::kPoints, kPointCount = kWindow * kWindow;
 constexpr int W = VecF::W;
 // Tiles transformed together. Few: the packed weight is read too often for the work done with it.
-// Many: the transformed inputs fall out of L2, which costs little, since they are read in order.
-constexpr int64_t kBlockTiles = 64;
-constexpr int64_t kMaxPieces = kBlockTiles;
-
-// Products of a panel: column vector j of tile row i at out + i * ld + j * vec_step.
-struct StorePoints {
-  float* out;
-  int64_t ld, vec_step;
-  template <int MR, int NV>
-  FMK_LAMBDA void run(VecF (&acc)[MR][NV]) const {
-    FMK_FOR (i, MR)
-      FMK_FOR (j, NV) store(out + i * ld + j * vec_step, acc[i][j]);
-  }
-};
+// Many: the transformed inputs fall out of L2. What pays depends on which of the two is larger.
+constexpr int64_t kMaxBlockTiles = 96;
+FMK_INLINE int64_t block_tiles(int64_t channels) {
+  return channels <= 64 ? 32 : channels <= 128 ? 64 : kMaxBlockTiles;
+}
+constexpr int64_t kMaxPieces = kMaxBlockTiles;
 
 // A cut of the output into pieces of rows and of the pieces into blocks of about kBlockTiles tiles.
 // Pieces of one image lie one after the other; a block is a run of pieces.
@@ -39,13 +34,13 @@ struct Plan {
     const int64_t image_tiles = ceil_div(p.y.out_size, kTile) * plan.tile_columns;
     const int64_t total = image_tiles * p.batch;
     // As many blocks as the threads can share evenly.
-    const int64_t blocks = ceil_div(ceil_div(total, kBlockTiles), threads) * threads;
-    const int64_t block_tiles = max_of<int64_t>(1, ceil_div(total, blocks));
-    if (image_tiles <= block_tiles) {
+    const int64_t blocks = ceil_div(ceil_div(total, block_tiles(p.channels)), threads) * threads;
+    const int64_t tiles = max_of<int64_t>(1, ceil_div(total, blocks));
+    if (image_tiles <= tiles) {
       plan.pieces_per_image = 1;
-      plan.pieces_per_block = min_of(kMaxPieces, block_tiles / image_tiles);
+      plan.pieces_per_block = min_of(kMaxPieces, tiles / image_tiles);
     } else {
-      const int64_t tile_rows = max_of<int64_t>(1, block_tiles / plan.tile_columns);
+      const int64_t tile_rows = max_of<int64_t>(1, tiles / plan.tile_columns);
       const int64_t step = out_row_step(p), rows = tile_rows * kTile / pool_stride(p) / step * step;
       plan.pieces_per_image = ceil_div(plan.out_rows, max_of(step, rows));
       plan.pieces_per_block = 1;
@@ -100,27 +95,125 @@ struct Plan {
   }
 };
 
-// One row of tiles of a piece.
+// One row of tiles of a piece: conv rows [y, y + rows), rows <= kTile, which are rows block_row,
+// ... of the block. `index` counts the short rows and the whole ones apart.
 struct TileRow {
-  int64_t image, y, rows;  // conv rows [y, y + rows), rows <= kTile
-  int64_t block_row;       // of the block's conv rows
+  int64_t image, y;
+  int rows;
+  int64_t block_row, index;
 };
+
+// The order of a block's tiles in the transformed operands: short rows of tiles, whole tiles, short
+// columns, and what is both. Tiles that have a product at a point are then neighbours.
+struct Slots {
+  int64_t short_rows, whole_rows, whole_columns;  // rows and columns of tiles
+  int rows, columns;                              // outputs of a short row, of a short column
+
+  int64_t count() const {
+    return (short_rows + whole_rows) * (whole_columns + (columns < kTile ? 1 : 0));
+  }
+  int64_t of(const TileRow& row, int64_t column) const {
+    const bool short_row = row.rows < kTile;
+    if (column < whole_columns)
+      return ((short_row ? 0 : short_rows) + row.index) * whole_columns + column;
+    return (short_rows + whole_rows) * whole_columns + (short_row ? whole_rows : 0) + row.index;
+  }
+  // The tiles with a product at row y, column x of the points.
+  void range(int y, int x, int64_t* begin, int64_t* end) const {
+    const bool in_short_rows = edge_has_point(rows, y);
+    *begin = in_short_rows ? 0 : short_rows * whole_columns;
+    *end = (short_rows + whole_rows) * whole_columns;
+    if (columns < kTile && edge_has_point(columns, x))
+      *end += whole_rows + (in_short_rows ? short_rows : 0);
+  }
+};
+
+// Where the outputs of a tile go and what happens to them on the way: clamp(scale * y + shift +
+// residual). `pool`: only the maxima of 2 x 2 outputs are stored.
+template <class S>
+struct TileSink {
+  VecF scale, shift, low, high;
+  S* out;
+  const S* residual;  // laid out as out, or null
+  int64_t row_step, column_step;
+  int lanes;  // channels that exist
+  bool pool;
+
+  FMK_LAMBDA VecF finished(int i, int j, VecF y) const {
+    VecF z = fma(y, scale, shift);
+    if (residual) z = z + load(residual + i * row_step + j * column_step, lanes);
+    return min(high, max(low, z));
+  }
+  FMK_LAMBDA void put(int i, int j, VecF z) const {
+    S* to = out + i * row_step + j * column_step;
+    if (lanes == W)
+      store(to, z);
+    else
+      store(to, z, lanes);
+  }
+};
+// max that propagates NaN from either side.
+FMK_INLINE VecF larger(VecF a, VecF b) { return select(is_nan(a), a, max(a, b)); }
+
+template <int RY, int RX, class Put>
+FMK_INLINE void output_of_size(const float* m, const Put& put) {
+  if constexpr (RY == kTile && RX == kTile)
+    transform_output<F>(m, put);
+  else
+    transform_edge_output<RY, RX>(m, put);
+}
+// noinline: as for the transform of the input.
+template <int RY, int RX, class S>
+FMK_NOINLINE void finish_tile(const float* m, const TileSink<S>& sink) {
+  if (!sink.pool)
+    return output_of_size<RY, RX>(
+        m, [&](int i, int j, VecF y) FMK_LAMBDA { sink.put(i, j, sink.finished(i, j, y)); });
+  VecF z[RY][RX];
+  output_of_size<RY, RX>(
+      m, [&](int i, int j, VecF y) FMK_LAMBDA { z[i][j] = sink.finished(i, j, y); });
+  FMK_FOR (i, RY / 2)
+    FMK_FOR (j, RX / 2) {
+      const VecF top = larger(z[2 * i][2 * j], z[2 * i][2 * j + 1]);
+      const VecF bottom = larger(z[2 * i + 1][2 * j], z[2 * i + 1][2 * j + 1]);
+      sink.put(i, j, larger(top, bottom));
+    }
+}
+
+// body(Constant<n>) for n in [1, kTile].
+template <int N = 1, class Body>
+FMK_INLINE void with_size(int n, const Body& body) {
+  if constexpr (N < kTile) {
+    if (n != N) return with_size<N + 1>(n, body);
+  }
+  body(Constant<N>{});
+}
 
 template <class T>
 class BlockRunner {
  public:
-  BlockRunner(const Correlation<T>& p, const Plan& plan) : p_(p), plan_(plan) {}
+  BlockRunner(const Correlation<T>& p, const Plan& plan) : p_(p), plan_(plan) {
+    const PoolShape& q = p.pool;
+    const bool clamps = p.activation <= Activation::kRelu6 && !p.preactivation;
+    const bool halves = q.kernel_h == 2 && q.kernel_w == 2 && q.stride_h == 2 && q.stride_w == 2 &&
+                        !q.padding_h && !q.padding_w && !p.argmax && !p.residual;
+    pooled_ = halves && clamps && p.channels_last;
+    direct_ = clamps && p.channels_last && (!q.kernel_h || pooled_);
+    finished_ = direct_ || (clamps && !p.residual);
+  }
 
   // Pieces [first, last) of the plan and panels [panel_begin, panel_end).
   void run(int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) {
     collect(first, last);
-    if (tile_row_count_ == 0) return;
-    const int64_t tiles = tile_row_count_ * plan_.tile_columns;
+    const int64_t tiles = slots_.count();
+    if (tiles == 0) return;
     // One more line per tile: tiles whose size is a multiple of 4 KB would share L1 sets.
     const int64_t ld_input = p_.channels * kPointCount + 16;
     auto* inputs =
         static_cast<float*>(scratch_bytes(Scratch::kRows, tiles * ld_input * sizeof(float)));
-    transform_inputs(inputs, ld_input);
+    if (p_.channels_last)
+      transform_inputs<T>(inputs, ld_input);
+    else
+      transform_inputs<float>(inputs, ld_input);
 
     const auto split = PanelSplit<VecF>::of(p_.out_channels);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -129,22 +222,30 @@ class BlockRunner {
       const int64_t ld_product = width * kPointCount + 16;
       auto* products = static_cast<float*>(
           scratch_bytes(Scratch::kAccumulator, tiles * ld_product * sizeof(float)));
-      multiply(inputs, ld_input, tiles,
+      multiply(inputs, ld_input,
                static_cast<const float*>(p_.weight) + column * kPointCount * p_.channels, vecs,
                products, ld_product);
-      const int64_t pixels = block_rows_ * p_.x.out_size;
-      auto* rows =
-          static_cast<float*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(float)));
-      for (int64_t t = 0; t < tiles; ++t) {
-        const TileRow& row = tile_rows_[t / plan_.tile_columns];
-        const int64_t x = t % plan_.tile_columns * kTile;
-        const int columns = static_cast<int>(min_of<int64_t>(kTile, p_.x.out_size - x));
-        for (int j = 0; j < vecs; ++j)
-          transform_output<F>(products + t * ld_product + j * kPointCount * W,
-                              rows + (row.block_row * p_.x.out_size + x) * width + j * W,
-                              p_.x.out_size * width, width, static_cast<int>(row.rows), columns);
+      if (direct_) {
+        const int64_t step = pooled_ ? 2 : 1;
+        const int64_t height = p_.y.out_size / step, image_width = p_.x.out_size / step;
+        finish_tiles<T>(
+            products, ld_product, column, vecs, p_.out_channels, image_width, step,
+            [&](const TileRow& row) {
+              const int64_t at =
+                  (row.image * height + row.y / step) * image_width * p_.out_channels + column;
+              return Target<T>{p_.output + at, p_.residual ? p_.residual + at : nullptr};
+            });
+        continue;
       }
-      const Finisher<T> finisher{p_, column, min_of(width, p_.out_channels - column), width};
+      auto* rows = static_cast<float*>(
+          scratch_bytes(Scratch::kTile, block_rows_ * p_.x.out_size * width * sizeof(float)));
+      finish_tiles<float>(products, ld_product, column, vecs, width, p_.x.out_size, 1,
+                          [&](const TileRow& row) {
+                            const int64_t at = row.block_row * p_.x.out_size * width;
+                            return Target<float>{rows + at, nullptr};
+                          });
+      const Finisher<T> finisher{p_, column, min_of(width, p_.out_channels - column), width,
+                                 finished_};
       for (int i = 0; i < piece_count_; ++i) finisher.run(pieces_[i], rows);
     }
   }
@@ -153,100 +254,170 @@ class BlockRunner {
   void collect(int64_t first, int64_t last) {
     piece_count_ = 0;
     tile_row_count_ = block_rows_ = 0;
+    const int columns = static_cast<int>(p_.x.out_size % kTile);
+    slots_ = {0, 0, p_.x.out_size / kTile, kTile, columns ? columns : kTile};
     for (int64_t index = first; index < last; ++index) {
       Piece& piece = pieces_[piece_count_++];
       piece = plan_.piece(p_, index);
       piece.first_row = block_rows_;
-      for (int64_t y = piece.begin; y < piece.end; y += kTile)
-        tile_rows_[tile_row_count_++] = {piece.image, y, min_of<int64_t>(kTile, piece.end - y),
-                                         block_rows_ + y - piece.begin};
+      for (int64_t y = piece.begin; y < piece.end; y += kTile) {
+        const int rows = static_cast<int>(min_of<int64_t>(kTile, piece.end - y));
+        const bool is_short = rows < kTile;
+        // Only whole images come several to a block, so all its short rows are equal.
+        if (is_short) slots_.rows = rows;
+        int64_t& count = is_short ? slots_.short_rows : slots_.whole_rows;
+        tile_rows_[tile_row_count_++] = {piece.image, y, rows, block_rows_ + y - piece.begin,
+                                         count++};
+      }
       block_rows_ += piece.end - piece.begin;
     }
   }
 
-  // inputs[tile][channels / W][point][W].
+  // inputs[slot][channels / W][point][W], from pixels of type S: NHWC where they lie, or staged.
+  template <class S>
   void transform_inputs(float* inputs, int64_t ld) {
-    constexpr bool in_place = sizeof(T) == sizeof(float) && sizeof(Acc<T>) == sizeof(float);
     const int64_t channels = p_.channels, columns = plan_.tile_columns;
     // A staged row starts where the first tile's window does and ends with the last tile's.
     const int64_t staged_pixels = columns * kTile + kWindow - kTile;
-    const int64_t staged_words = staged_pixels * channels;
-    auto* zero_row = static_cast<float*>(
-        scratch_bytes(Scratch::kExtra, (channels + kWindow * staged_words) * sizeof(float)));
-    std::memset(zero_row, 0, channels * sizeof(float));
-    float* staged = zero_row + channels;
-    const RowStage<T, float> stage{p_.channels_last, 1,           channels,     p_.y.in_size,
-                                   p_.x.in_size,     p_.x.offset, staged_pixels};
-    const bool direct = in_place && p_.channels_last;
-    int64_t staged_from = 0, staged_to = 0,
-            staged_image = -1;  // input rows in the ring of kWindow rows
+    const int64_t staged_words = p_.channels_last ? 0 : staged_pixels * channels;
+    auto* zero_row = static_cast<S*>(
+        scratch_bytes(Scratch::kExtra, (channels + kWindow * staged_words) * sizeof(S)));
+    std::memset(static_cast<void*>(zero_row), 0, channels * sizeof(S));
+    S* staged = zero_row + channels;
+    // Input rows [staged_from, staged_to) of an image are in the ring of kWindow rows.
+    int64_t staged_from = 0, staged_to = 0, staged_image = -1;
 
     for (int64_t r = 0; r < tile_row_count_; ++r) {
       const TileRow& row = tile_rows_[r];
       const T* image = p_.input + row.image * channels * p_.y.in_size * p_.x.in_size;
       const int64_t top = row.y + p_.y.offset;
-      if (!direct) {
-        if (staged_image != row.image || top < staged_from) staged_to = top;
-        for (int64_t y = max_of(top, staged_to); y < top + kWindow; ++y)
-          if (y >= 0 && y < p_.y.in_size) stage.run(image, y, staged + wrapped(y) * staged_words);
-        staged_from = top;
-        staged_to = top + kWindow;
-        staged_image = row.image;
+      if (!p_.channels_last) {
+        if constexpr (std::is_same_v<S, float>) {
+          const RowStage<T, float> stage{false,        1,           channels,     p_.y.in_size,
+                                         p_.x.in_size, p_.x.offset, staged_pixels};
+          if (staged_image != row.image || top < staged_from) staged_to = top;
+          for (int64_t y = max_of(top, staged_to); y < top + kWindow; ++y)
+            if (y >= 0 && y < p_.y.in_size) stage.run(image, y, staged + wrapped(y) * staged_words);
+          staged_from = top;
+          staged_to = top + kWindow;
+          staged_image = row.image;
+        }
       }
-      const float* pixels[kPointCount];
-      for (int64_t tile = 0; tile < columns; ++tile) {
+      const auto find_window = [&](int64_t tile, const S** window) {
         for (int i = 0; i < kWindow; ++i) {
-          const int64_t y = top + i;
+          const int64_t y = top + i, x0 = tile * kTile + p_.x.offset;
           const bool row_inside = y >= 0 && y < p_.y.in_size;
+          const S* from =
+              p_.channels_last
+                  ? reinterpret_cast<const S*>(image) + (y * p_.x.in_size + x0) * channels
+                  : staged + wrapped(y) * staged_words + tile * kTile * channels;
           for (int j = 0; j < kWindow; ++j) {
-            const int64_t x = tile * kTile + j + p_.x.offset;
-            const float*& pixel = pixels[j * kWindow + i];
-            if (!row_inside || x < 0 || x >= p_.x.in_size)
-              pixel = zero_row;
-            else if (direct)
-              pixel = reinterpret_cast<const float*>(image) + (y * p_.x.in_size + x) * channels;
-            else
-              pixel = staged + wrapped(y) * staged_words + (tile * kTile + j) * channels;
+            const bool inside = row_inside && x0 + j >= 0 && x0 + j < p_.x.in_size;
+            window[j * kWindow + i] = inside ? from + j * channels : zero_row;
           }
         }
-        transform_input<F>(pixels, channels, inputs + (r * columns + tile) * ld);
+      };
+      const S* windows[2][kPointCount];
+      find_window(0, windows[0]);
+      for (int64_t tile = 0; tile < columns; ++tile) {
+        const S** window = windows[tile % 2];
+        const S** next = windows[(tile + 1) % 2];
+        find_window(min_of(tile + 1, columns - 1), next);
+        const int width = tile < slots_.whole_columns ? kTile : slots_.columns;
+        float* out = inputs + slots_.of(row, tile) * ld;
+        if (row.rows == kTile && width == kTile) {
+          transform_input<F>(window, next, channels, out);
+        } else {
+          with_size(row.rows, [&](auto ry) {
+            with_size(width, [&](auto rx) {
+              transform_edge_input<decltype(ry)::value, decltype(rx)::value>(window, channels, out);
+            });
+          });
+        }
       }
     }
   }
   static int64_t wrapped(int64_t y) { return (y % kWindow + kWindow) % kWindow; }
 
-  // products[tile][vec][point][W] of one panel: for every point a GEMM of tiles x channels x width.
-  void multiply(const float* inputs, int64_t ld_input, int64_t tiles, const float* panel, int vecs,
+  // products[slot][vec][point][W] of one panel.
+  void multiply(const float* inputs, int64_t ld_input, const float* panel, int vecs,
                 float* products, int64_t ld_product) {
     const int64_t width = vecs * W;
-    const auto row_tiles = RowTiles::of(tiles, vecs);
     // Long reductions are cut so that a slice of the panel stays in L1 while all tiles pass over
     // it.
     constexpr int64_t kSlice = 128;
     const int64_t slices = p_.channels <= 3 * kSlice ? 1 : ceil_div(p_.channels, kSlice);
     for (int point = 0; point < kPointCount; ++point, panel += p_.channels * width) {
+      int64_t begin, end;
+      slots_.range(point / kWindow, point % kWindow, &begin, &end);
+      const auto row_tiles = RowTiles::of(end - begin, vecs);
       for (int64_t slice = 0; slice < slices; ++slice) {
         const int64_t vec0 = p_.channels / W * slice / slices,
                       vec1 = p_.channels / W * (slice + 1) / slices;
+        PointProduct in;
+        in.lda = ld_input;
+        in.b = panel + vec0 * W * width;
+        in.vecs = vec1 - vec0;
+        in.ld_out = ld_product;
+        in.vec_step = kPointCount * W;
+        in.add = slice > 0;
+        // The next slice of the panel lies behind this one. The last row tiles fetch it, a cache
+        // line (16 floats) for every step of their reductions.
+        const float* soon = panel + vec1 * W * width;
+        const int64_t fetching = ceil_div(width, 16), steps = in.vecs * W;
         for (int64_t t = 0; t < row_tiles.tiles; ++t) {
-          const int64_t first = row_tiles.begin(t);
-          const int rows = row_tiles.rows(t);
-          const float* row_pointers[kMaxTileRows];
-          for (int i = 0; i < rows; ++i)
-            row_pointers[i] = inputs + (first + i) * ld_input + (vec0 * kPointCount + point) * W;
-          TileOperands<MacF32> in;
-          in.rows = row_pointers;
-          in.batch_step = kPointCount * W;
-          in.batch = vec1 - vec0;
-          in.words = W;
-          in.b = panel + vec0 * W * width;
-          float* out = products + first * ld_product + point * W;
-          if (slice > 0) {
-            in.init = out;
-            in.ld_init = ld_product;
-            in.init_vec_step = kPointCount * W;
+          const int64_t first = begin + row_tiles.begin(t), share = t - row_tiles.tiles + fetching;
+          in.a = inputs + first * ld_input + (vec0 * kPointCount + point) * W;
+          in.out = products + first * ld_product + point * W;
+          in.soon = soon + max_of<int64_t>(0, share) * steps * 16;
+          in.soon_step = share < 0 ? 0 : 16;
+          multiply_point(row_tiles.rows(t), vecs, in);
+        }
+      }
+    }
+  }
+
+  template <class S>
+  struct Target {
+    S* out;
+    const S* residual;
+  };
+  // The outputs of one panel, pixels `ld` apart in rows of `image_width`; `step`: conv pixels per
+  // pixel of the target. target(row) is the first pixel of a row of tiles.
+  template <class S, class FindTarget>
+  void finish_tiles(const float* products, int64_t ld_product, int64_t column, int vecs, int64_t ld,
+                    int64_t image_width, int64_t step, const FindTarget& target) const {
+    constexpr float kInfinity = __builtin_inff();
+    const bool clamp = finished_ && p_.activation != Activation::kNone;
+    TileSink<S> sink;
+    sink.low = splat(clamp ? 0.0f : -kInfinity);
+    sink.high = splat(clamp && p_.activation == Activation::kRelu6 ? 6.0f : kInfinity);
+    sink.row_step = image_width * ld;
+    sink.column_step = ld;
+    sink.pool = pooled_;
+    for (int vec = 0; vec < vecs; ++vec) {
+      const int64_t channel = column + vec * W;
+      sink.scale = finished_ && p_.scale ? load(p_.scale + channel) : splat(1.0f);
+      sink.shift = finished_ && p_.shift ? load(p_.shift + channel) : zero<VecF>();
+      sink.lanes = direct_ ? static_cast<int>(min_of<int64_t>(W, p_.out_channels - channel)) : W;
+      for (int64_t r = 0; r < tile_row_count_; ++r) {
+        const TileRow& row = tile_rows_[r];
+        const Target<S> first = target(row);
+        for (int64_t tile = 0; tile < plan_.tile_columns; ++tile) {
+          const int64_t at = tile * kTile / step * ld + vec * W;
+          const int width = tile < slots_.whole_columns ? kTile : slots_.columns;
+          const float* m = products + slots_.of(row, tile) * ld_product + vec * kPointCount * W;
+          sink.out = first.out + at;
+          sink.residual = first.residual ? first.residual + at : nullptr;
+          if (row.rows == kTile && width == kTile) {
+            finish_tile<kTile, kTile>(m, sink);
+          } else {
+            with_size(row.rows, [&](auto ry) {
+              with_size(width, [&](auto rx) {
+                finish_tile<decltype(ry)::value, decltype(rx)::value>(m, sink);
+              });
+            });
           }
-          run_tile<MacF32, false>(rows, vecs, in, StorePoints{out, ld_product, kPointCount * W});
         }
       }
     }
@@ -254,70 +425,17 @@ class BlockRunner {
 
   const Correlation<T>& p_;
   const Plan& plan_;
+  bool pooled_;    // the 2 x 2 maxima go straight to the output
+  bool direct_;    // the outputs, too
+  bool finished_;  // tiles leave their transform with the whole epilogue but the pool done
   Piece pieces_[kMaxPieces];
   int piece_count_ = 0;
-  TileRow tile_rows_[4 * kBlockTiles];
+  TileRow tile_rows_[4 * kMaxBlockTiles];
   int64_t tile_row_count_ = 0, block_rows_ = 0;
+  Slots slots_{};
 };
 
-// The 36 points of one input channel and one vector of output channels, `ld` floats apart.
-template <class T>
-void transform_weight(const WeightView<T>& w, int64_t column, int64_t lanes, int64_t channel,
-                      float* out, int64_t ld) {
-  const T* src = w.data + column * w.column_stride + channel * w.reduction_stride;
-  alignas(64) float taps[9][W] = {};
-  for (int64_t i = 0; i < lanes; ++i)
-    for (int y = 0; y < 3; ++y)
-      for (int x = 0; x < 3; ++x) {
-        const int64_t tap = (w.y.first + y * w.y.step) * w.kernel_w + w.x.first + x * w.x.step;
-        taps[y * 3 + x][i] = static_cast<float>(widen(src[i * w.column_stride + tap]));
-      }
-  const VecF scale =
-      splat(w.reduction_scale ? static_cast<float>(w.reduction_scale[channel]) : 1.0f);
-  VecF columns[3][kWindow];  // [tap x][point y]
-  for (int x = 0; x < 3; ++x) {
-    const VecF g[3] = {load(taps[x]) * scale, load(taps[3 + x]) * scale, load(taps[6 + x]) * scale};
-    F::weights(g, columns[x]);
-  }
-  for (int y = 0; y < kWindow; ++y) {
-    const VecF g[3] = {columns[0][y], columns[1][y], columns[2][y]};
-    VecF u[kWindow];
-    F::weights(g, u);
-    for (int x = 0; x < kWindow; ++x) store(out + (y * kWindow + x) * ld, u[x]);
-  }
-}
-
 }  // namespace
-
-template <class T>
-size_t packed_winograd_bytes(const WeightView<T>& w) {
-  return static_cast<size_t>(PanelSplit<VecF>::of(w.columns).padded_columns() * w.reduction *
-                             kPointCount) *
-         sizeof(float);
-}
-
-template <class T>
-void pack_winograd_weight(const WeightView<T>& w, void* packed, const Parallel& pool) {
-  const auto split = PanelSplit<VecF>::of(w.columns);
-  // Runs of channels of one panel: the points of a panel are then written as 36 streams.
-  constexpr int64_t kRun = 16;
-  const int64_t runs = ceil_div(w.reduction, kRun), units = split.count * runs;
-  const int64_t shards = w.columns * w.reduction < 2048 ? 1 : min_of<int64_t>(pool.threads, units);
-  parallel_for(pool, shards, [&](int64_t shard) {
-    for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
-      const int64_t panel = unit / runs, first = unit % runs * kRun;
-      const int vecs = split.width_vecs(panel);
-      const int64_t width = vecs * W, column = split.column(panel);
-      float* points = static_cast<float*>(packed) + column * kPointCount * w.reduction;
-      for (int64_t channel = first; channel < min_of(w.reduction, first + kRun); ++channel)
-        for (int vec = 0; vec < vecs; ++vec) {
-          const int64_t lanes = min_of<int64_t>(W, w.columns - column - vec * W);
-          transform_weight(w, column + vec * W, lanes, channel, points + channel * width + vec * W,
-                           w.reduction * width);
-        }
-    }
-  });
-}
 
 template <class T>
 void correlate_winograd(const Correlation<T>& p, const Parallel& pool) {
@@ -339,10 +457,7 @@ void correlate_winograd(const Correlation<T>& p, const Parallel& pool) {
   });
 }
 
-#define FMK_INSTANTIATE(T)                                                          \
-  template size_t packed_winograd_bytes(const WeightView<T>&);                      \
-  template void pack_winograd_weight(const WeightView<T>&, void*, const Parallel&); \
-  template void correlate_winograd(const Correlation<T>&, const Parallel&);
+#define FMK_INSTANTIATE(T) template void correlate_winograd(const Correlation<T>&, const Parallel&);
 FMK_INSTANTIATE(float)
 FMK_INSTANTIATE(bf16)
 FMK_INSTANTIATE(f16)

@@ -69,14 +69,86 @@ struct WinogradF4 {
   }
 };
 
-// V = B^T d B for one tile and one vector of channels. pixels[x * 6 + y] points at the tile's input
-// pixels, `out` gets [point][W], the point of row i and column j being 6 i + j.
-template <class F, int P>
-FMK_INLINE void transform_input_pair(const float* const* pixels, int64_t channel, float* out) {
+// A ragged edge leaves R < 4 outputs of an axis: F(R, 3) on R + 2 of the six points. The rows of G
+// are those of F(4, 3) up to a factor, which goes into B^T, so the same transformed weight serves.
+template <int R>
+struct WinogradEdge;
+template <>
+struct WinogradEdge<4> {
+  static constexpr int kPoint[6] = {0, 1, 2, 3, 4, 5};
+  FMK_INLINE void input(const VecF (&d)[6], VecF (&t)[6]) {
+    const auto at = [&](int i) FMK_LAMBDA { return d[i]; };
+    WinogradF4::input_pair<0>(at, t[0], t[5]);
+    WinogradF4::input_pair<1>(at, t[1], t[2]);
+    WinogradF4::input_pair<2>(at, t[3], t[4]);
+  }
+  FMK_INLINE void output(const VecF (&m)[6], VecF (&y)[4]) {
+    const auto at = [&](int i) FMK_LAMBDA { return m[i]; };
+    WinogradF4::output_pair<0>(at, y[0], y[2]);
+    WinogradF4::output_pair<1>(at, y[1], y[3]);
+  }
+};
+template <>
+struct WinogradEdge<3> {  // 0, +-sqrt(1/2), sqrt(2), infinity
+  static constexpr int kPoint[5] = {0, 1, 2, 3, 5};
+  FMK_INLINE void input(const VecF (&d)[5], VecF (&t)[5]) {
+    const VecF root_half = splat(WinogradF4::kRootHalf), root2 = splat(WinogradF4::kRoot2);
+    const VecF half = splat(0.5f);
+    const VecF odd = fnma(half, d[1], d[3]), even = fnma(half, d[0], d[2]);
+    const VecF middle = d[2] * splat(-1.5f);
+    t[0] = fnma(splat(2.0f), even, root2 * odd);
+    t[1] = fma(splat(3 * WinogradF4::kRootHalf), d[3] - d[1], middle);
+    t[2] = fma(root_half, d[3] + d[1], middle);
+    t[3] = splat(2 * WinogradF4::kRoot2) * odd;
+    t[4] = fnma(root2, odd, fnma(half, d[2], d[4]));
+  }
+  FMK_INLINE void output(const VecF (&m)[5], VecF (&y)[3]) {
+    const VecF even = m[1] + m[2], odd = m[1] - m[2];
+    y[0] = m[0] + m[3] + even;
+    y[1] = fma(splat(WinogradF4::kRoot2), m[3], splat(WinogradF4::kRootHalf) * odd);
+    y[2] = fma(splat(2.0f), m[3], fma(splat(0.5f), even, m[4]));
+  }
+};
+template <>
+struct WinogradEdge<2> {  // 0, +-sqrt(1/2), infinity
+  static constexpr int kPoint[4] = {0, 1, 2, 5};
+  FMK_INLINE void input(const VecF (&d)[4], VecF (&t)[4]) {
+    constexpr float kOdd = 1.5f * WinogradF4::kRootHalf;
+    const VecF middle = d[2] * splat(-1.5f);
+    t[0] = fnma(splat(2.0f), d[2], d[0]);
+    t[1] = fnma(splat(kOdd), d[1], middle);
+    t[2] = fma(splat(kOdd), d[1], middle);
+    t[3] = fnma(splat(0.5f), d[1], d[3]);
+  }
+  FMK_INLINE void output(const VecF (&m)[4], VecF (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = fma(splat(WinogradF4::kRootHalf), m[1] - m[2], m[3]);
+  }
+};
+template <>
+struct WinogradEdge<1> {  // 0, sqrt(1/2), infinity
+  static constexpr int kPoint[3] = {0, 1, 5};
+  FMK_INLINE void input(const VecF (&d)[3], VecF (&t)[3]) {
+    t[0] = fnma(splat(2 * WinogradF4::kRootHalf), d[1], d[0]);
+    t[1] = d[1] * splat(-3 * WinogradF4::kRootHalf);
+    t[2] = fnma(splat(WinogradF4::kRootHalf), d[1], d[2]);
+  }
+  FMK_INLINE void output(const VecF (&m)[3], VecF (&y)[1]) { y[0] = m[0] + m[1] + m[2]; }
+};
+// Whether an edge of R outputs has a product at the point.
+FMK_INLINE bool edge_has_point(int outputs, int point) {
+  return outputs == 4 || point < 2 || point == 5 || point <= outputs;
+}
+
+// V = B^T d B for one tile: `window` is the tile's input pixels, window[x * 6 + y], and `out` gets
+// [channels / W][point][W], the point of row i and column j being 6 i + j. `next` is the window of
+// the tile after it, whose pixels are prefetched.
+template <class F, int P, class S>
+FMK_INLINE void transform_input_pair(const S* const* window, int64_t channel, float* out) {
   constexpr int n = F::kPoints;
   VecF rows[2][n];
   FMK_FOR (x, n)
-    F::template input_pair<P>([&](int y) FMK_LAMBDA { return load(pixels[x * n + y] + channel); },
+    F::template input_pair<P>([&](int y) FMK_LAMBDA { return load(window[x * n + y] + channel); },
                               rows[0][x], rows[1][x]);
   FMK_FOR (r, 2) {
     float* row = out + F::kInputRows[P][r] * n * VecF::W;
@@ -94,21 +166,50 @@ FMK_INLINE void transform_input_pair(const float* const* pixels, int64_t channel
   }
 }
 // noinline: inlined into a loop over tiles the compiler spills every intermediate.
-template <class F>
-FMK_NOINLINE void transform_input(const float* const* pixels, int64_t channels, float* out) {
-  for (int64_t channel = 0; channel < channels;
-       channel += VecF::W, out += F::kPoints * F::kPoints * VecF::W) {
-    transform_input_pair<F, 0>(pixels, channel, out);
-    transform_input_pair<F, 1>(pixels, channel, out);
-    transform_input_pair<F, 2>(pixels, channel, out);
+template <class F, class S>
+FMK_NOINLINE void transform_input(const S* const* window, const S* const* next, int64_t channels,
+                                  float* out) {
+  constexpr int n = F::kPoints;
+  // A whole tile ahead would overflow the sets of L1 where pixels lie 1 KB or more apart.
+  constexpr int64_t kAhead = 256 / sizeof(S);
+  for (int64_t channel = 0; channel < channels; channel += VecF::W, out += n * n * VecF::W) {
+    const bool same = channel + kAhead < channels;
+    const S* const* soon = same ? window : next;
+    const int64_t at = same ? channel + kAhead : channel + kAhead - channels;
+    if (at < channels) {
+      // The first two columns are the last ones of the tile before.
+      FMK_FOR (i, n * F::kOutputs) __builtin_prefetch(soon[(n - F::kOutputs) * n + i] + at);
+    }
+    transform_input_pair<F, 0>(window, channel, out);
+    transform_input_pair<F, 1>(window, channel, out);
+    transform_input_pair<F, 2>(window, channel, out);
+  }
+}
+// The same for a tile of RY x RX outputs; the points that it lacks are not written.
+template <int RY, int RX, class S>
+FMK_NOINLINE void transform_edge_input(const S* const* window, int64_t channels, float* out) {
+  using Y = WinogradEdge<RY>;
+  using X = WinogradEdge<RX>;
+  for (int64_t channel = 0; channel < channels; channel += VecF::W, out += 36 * VecF::W) {
+    VecF rows[RY + 2][RX + 2];
+    FMK_FOR (x, RX + 2) {
+      VecF d[RY + 2], t[RY + 2];
+      FMK_FOR (y, RY + 2) d[y] = load(window[x * 6 + y] + channel);
+      Y::input(d, t);
+      FMK_FOR (y, RY + 2) rows[y][x] = t[y];
+    }
+    FMK_FOR (y, RY + 2) {
+      VecF t[RX + 2];
+      X::input(rows[y], t);
+      FMK_FOR (x, RX + 2) store(out + (Y::kPoint[y] * 6 + X::kPoint[x]) * VecF::W, t[x]);
+    }
   }
 }
 
-// y = A^T m A for one tile and one vector of channels: m is [point][W], output (i, j) goes to
-// out + i * row_step + j * column_step where i < rows, j < columns.
-template <class F>
-FMK_NOINLINE void transform_output(const float* m, float* out, int64_t row_step,
-                                   int64_t column_step, int rows, int columns) {
+// y = A^T m A for one tile and one vector of channels, m being [point][W]: put(i, j, y) gets row i,
+// column j.
+template <class F, class Put>
+FMK_INLINE void transform_output(const float* m, const Put& put) {
   constexpr int n = F::kPoints, kOutputs = F::kOutputs;
   const auto half = [&](auto pair) FMK_LAMBDA {
     constexpr int P = decltype(pair)::value;
@@ -122,14 +223,28 @@ FMK_NOINLINE void transform_output(const float* m, float* out, int64_t row_step,
       const auto d = [&](int x) FMK_LAMBDA { return w[r][x]; };
       F::template output_pair<0>(d, y[F::kOutputRows[0][0]], y[F::kOutputRows[0][1]]);
       F::template output_pair<1>(d, y[F::kOutputRows[1][0]], y[F::kOutputRows[1][1]]);
-      if (i < rows) {
-        FMK_FOR (j, kOutputs)
-          if (j < columns) store(out + i * row_step + j * column_step, y[j]);
-      }
+      FMK_FOR (j, kOutputs) put(i, j, y[j]);
     }
   };
   half(Constant<0>{});
   half(Constant<1>{});
+}
+template <int RY, int RX, class Put>
+FMK_INLINE void transform_edge_output(const float* m, const Put& put) {
+  using Y = WinogradEdge<RY>;
+  using X = WinogradEdge<RX>;
+  VecF rows[RY][RX + 2];
+  FMK_FOR (x, RX + 2) {
+    VecF t[RY + 2], y[RY];
+    FMK_FOR (i, RY + 2) t[i] = load(m + (Y::kPoint[i] * 6 + X::kPoint[x]) * VecF::W);
+    Y::output(t, y);
+    FMK_FOR (i, RY) rows[i][x] = y[i];
+  }
+  FMK_FOR (i, RY) {
+    VecF y[RX];
+    X::output(rows[i], y);
+    FMK_FOR (j, RX) put(i, j, y[j]);
+  }
 }
 
 }  // namespace fmk::FMK_ISA

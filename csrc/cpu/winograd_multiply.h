@@ -1,0 +1,73 @@
+// The products of Winograd tiles: for every point a GEMM of tiles x channels x output channels.
+// The micro-kernel of gemm.h, but for operands that lie as the transforms leave them ([tile][vector
+// of channels][point][W], so a row's next vector is a stride away that no hardware prefetcher
+// follows), with the prefetching that this order needs.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace fmk::FMK_ISA {
+
+struct PointProduct {
+  const float* a;  // row i, vector v of channels: a + i * lda + v * vec_step
+  int64_t lda;
+  const float* b;  // [vecs * W][NV * W]
+  int64_t vecs;
+  float* out;  // row i, vector j: out + i * ld_out + j * vec_step
+  int64_t ld_out, vec_step;
+  bool add;           // to what is there
+  const float* soon;  // what the next product reads as b; one cache line a step is fetched of it
+  int64_t soon_step;  // 0: nothing to fetch
+};
+
+template <int MR, int NV>
+FMK_NOINLINE void multiply_point(const PointProduct& p) {
+  constexpr int W = VecF::W;
+  VecF acc[MR][NV];
+  FMK_FOR (i, MR)
+    FMK_FOR (j, NV) acc[i][j] = zero<VecF>();
+  const float *a = p.a, *b = p.b, *soon = p.soon;
+  const int64_t lda = p.lda, soon_step = p.soon_step;
+  for (int64_t vec = 0; vec < p.vecs; ++vec, a += p.vec_step) {
+    const float* next = vec + 1 < p.vecs ? a + p.vec_step : p.a + MR * lda;
+    FMK_FOR (i, MR) __builtin_prefetch(next + i * lda);
+    for (int64_t k = 0; k < W; ++k, b += NV * W) {
+      VecF panel[NV];
+      FMK_FOR (j, NV) panel[j] = pin(load(b + j * W));
+      __builtin_prefetch(soon);
+      soon += soon_step;
+      FMK_FOR (i, MR) {
+        const VecF x = splat(a[i * lda + k]);
+        FMK_FOR (j, NV) acc[i][j] = fma(x, panel[j], acc[i][j]);
+      }
+    }
+  }
+  FMK_FOR (i, MR) {
+    float* out = p.out + i * p.ld_out;
+    if (p.add) {
+      FMK_FOR (j, NV) acc[i][j] = acc[i][j] + load(out + j * p.vec_step);
+    }
+    FMK_FOR (j, NV) store(out + j * p.vec_step, acc[i][j]);
+  }
+}
+
+template <int NV, int MR = kTileRows[NV]>
+FMK_INLINE void multiply_point_rows(int rows, const PointProduct& p) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return multiply_point_rows<NV, MR - 1>(rows, p);
+  }
+  multiply_point<MR, NV>(p);
+}
+// rows in [1, kTileRows[vecs]], vecs in [1, kPanelVecs].
+FMK_INLINE void multiply_point(int rows, int vecs, const PointProduct& p) {
+  switch (vecs) {
+    case 1: return multiply_point_rows<1>(rows, p);
+    case 2: return multiply_point_rows<2>(rows, p);
+#if defined(__AVX512F__)
+    case 3: return multiply_point_rows<3>(rows, p);
+    case 4: return multiply_point_rows<4>(rows, p);
+#endif
+  }
+}
+
+}  // namespace fmk::FMK_ISA
