@@ -70,8 +70,12 @@ LSTM_REFUSALS = {
     "hx_batch": ({"hx": (STATE[:, :1], STATE)}, ValueError, r"hx\[0\] must have shape"),
     "hx_dtype": ({"hx": (STATE, STATE.double())}, TypeError, r"hx\[1\] must have the dtype"),
     "hx_device": ({"hx": (STATE.to("meta"), STATE)}, RuntimeError, r"hx\[0\] must be on"),
-    "weights_type": ({"weights": STATE}, ValueError, "weights must hold 16 tensors"),
-    "weights_count": ({"weights": [STATE] * 15}, ValueError, "weights must hold 16 tensors"),
+    "weights_type": ({"weights": STATE}, ValueError, "weights must be a list of tensors"),
+    "weights_count": (
+        {"weights": [torch.randn(16, 4)] * 15},
+        ValueError,
+        "weights must hold 16 tensors",
+    ),
     "w_hh_shape": (
         {"weights": with_weight(1, torch.randn(15, 4))},
         ValueError,

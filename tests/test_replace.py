@@ -37,7 +37,7 @@ def gradients(model, inputs, seed):
 
 
 class Basic(nn.Module):
-    """LSTM, attention and two kinds of layers that have no counterpart."""
+    """LSTM, attention, GRU and a kind of layer that has no counterpart."""
 
     def __init__(self):
         super().__init__()
@@ -69,23 +69,29 @@ class TestLayers:
             "lstm": "replaced",
             "attention": "replaced",
             "attention.out_proj": "replaced",
-            "gru": "kept",
+            "gru": "replaced",
             "conv": "kept",
             "head": "replaced",
         }
-        assert [type(m) for m in (model.lstm, model.attention, model.head)] == [
+        assert [type(m) for m in (model.lstm, model.attention, model.gru, model.head)] == [
             fnn.LSTM,
             fnn.MultiheadAttention,
+            fnn.GRU,
             fnn.Linear,
         ]
-        assert rows_of(report)["gru"].reason == "fmkernels has no GRU layer"
+        assert rows_of(report)["conv"].reason == "fmkernels has no Conv3d layer"
         assert rows_of(report)["attention.out_proj"].reason == "part of attention"
         assert report.model is model
         torch.testing.assert_close(model(inputs), expected)
 
     @pytest.mark.parametrize(
         ("family", "changed"),
-        [("conv", []), ("rnn", ["lstm"]), ("attention", ["attention"]), ("linear", ["head"])],
+        [
+            ("conv", []),
+            ("rnn", ["lstm", "gru"]),
+            ("attention", ["attention"]),
+            ("linear", ["head"]),
+        ],
     )
     def test_families(self, basic, family, changed):
         model, inputs = basic
@@ -261,9 +267,7 @@ KEPT = {
         lambda: torch.ao.nn.qat.Linear(3, 3, qconfig=torch.ao.quantization.default_qconfig),
         "quantized",
     ),
-    "projection": (lambda: nn.LSTM(3, 4, proj_size=2), "projection"),
     "transposed": (lambda: nn.ConvTranspose2d(3, 3, 1), "no ConvTranspose2d layer"),
-    "RNN": (lambda: nn.RNN(3, 3), "no RNN layer"),
 }
 
 
@@ -313,8 +317,7 @@ class TestKept:
         modules = modules_of(model)
         with pytest.raises(fmkernels.UnsupportedError) as error:
             fmkernels.replace(model, strict=True)
-        assert "2 layers of Basic cannot be replaced" in str(error.value)
-        assert "gru (GRU): fmkernels has no GRU layer" in str(error.value)
+        assert "1 layer of Basic cannot be replaced" in str(error.value)
         assert "conv (Conv3d): fmkernels has no Conv3d layer" in str(error.value)
         assert modules_of(model) == modules
 
@@ -384,8 +387,8 @@ class TestReport:
         assert lines[0].split() == header
         assert len(lines) == 2 + 6 + 1
         column = lines[0].index("reason")
-        assert lines[2 + 3][column:] == "fmkernels has no GRU layer"
-        assert lines[-1].startswith("Basic: 4 replaced, 0 fused, 2 kept; error of the whole model")
+        assert lines[2 + 4][column:] == "fmkernels has no Conv3d layer"
+        assert lines[-1].startswith("Basic: 5 replaced, 0 fused, 1 kept; error of the whole model")
 
     def test_of_a_model_without_layers(self):
         report = fmkernels.replace(nn.Sequential(nn.ReLU()))
@@ -395,7 +398,7 @@ class TestReport:
         model, inputs = basic
         report = fmkernels.replace(model, example_inputs=inputs)
         loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-        assert loaded["summary"] == {"replaced": 4, "fused": 0, "kept": 2}
+        assert loaded["summary"] == {"replaced": 5, "fused": 0, "kept": 1}
         assert loaded["error"] == report.error
         assert loaded["rows"][0] == {
             "path": "lstm",
@@ -428,9 +431,9 @@ class TestReport:
         given = {"tensor": inputs, "tuple": (inputs,), "dict": {"x": inputs}}[given]
         report = fmkernels.replace(model, example_inputs=given)
         rows = rows_of(report)
-        for path in ("lstm", "attention", "head"):
+        for path in ("lstm", "attention", "gru", "head"):
             assert 0 <= rows[path].error < 1e-5
-        assert rows["gru"].error is None
+        assert rows["conv"].error is None
         assert report.error < 1e-5
 
     def test_a_wrong_layer_shows(self, monkeypatch):

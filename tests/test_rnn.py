@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.rnn import pack_sequence
 
-import fmkernels
 import fmkernels.functional as FF
 import fmkernels.nn as fnn
 from fmkernels import testing
 from fmkernels.ops.rnn import reference
 from fmkernels.ops.rnn.backends import LSTM
+from fmkernels.ops.rnn.schema import LSTMOptions
 
 BACKENDS = testing.available_backends(LSTM, torch.zeros(1, 1, 1))
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -320,15 +319,16 @@ def test_fakes_agree_with_the_reference(name, save, dtype):
     arguments = make_arguments(problem, dtype)
     input, h0, c0 = arguments["input"], arguments["h0"], arguments["c0"]
     weights = [v for k, v in arguments.items() if k[0] in "wb"]
-    forward = (input, h0, c0, weights, None, problem[6], save)
+    options = (None,) * 4 + LSTMOptions(problem[7]) + (problem[6],)
+    forward = (input, h0, c0, weights, None, *options, False, save)
     real = reference.lstm_forward(*forward)
     assert_same_metadata(torch.ops.fmkernels.lstm_forward, forward, real)
     if not save:
         return
-    output, h_n, c_n, gates, cells = real
-    states = (input, h0, c0, weights, output, gates, cells, problem[6])
+    output, h_n, c_n, _, saved = real
+    states = (input, h0, c0, weights, output, saved, *options)
     for needed in ((True, True, True), (False, True, False)):
-        backward = (output, h_n, c_n, *states, *needed)
+        backward = (output, h_n, c_n, None, *states, *needed)
         real = reference.lstm_backward(*backward)
         assert_same_metadata(torch.ops.fmkernels.lstm_backward, backward, real)
 
@@ -360,16 +360,17 @@ def test_opcheck(name, dtype):
     thorough = dtype == torch.float32 and name == "bidirectional"
     checks = ALL_CHECKS if thorough else QUICK_CHECKS
     ops = torch.ops.fmkernels
-    forward = (input, h0, c0, weights, None, batch_first)
+    options = (None,) * 4 + LSTMOptions(biases) + (batch_first,)
+    forward = (input, h0, c0, weights, None, *options, False)
     for save in (False, True):
         torch.library.opcheck(ops.lstm_forward.default, (*forward, save), test_utils=checks)
-    output, h_n, c_n, gates, cells = ops.lstm_forward(*forward, True)
-    saved = (input, h0, c0, weights, output, gates, cells, batch_first)
+    output, h_n, c_n, _, saved = ops.lstm_forward(*forward, True)
+    states = (input, h0, c0, weights, output, saved, *options)
     for needed in ((True, True, True), (False, True, False), (True, False, True)):
-        backward = (output, h_n, c_n, *saved, *needed)
+        backward = (output, h_n, c_n, None, *states, *needed)
         torch.library.opcheck(ops.lstm_backward.default, backward, test_utils=checks)
     # The size of a packed weight is known to the kernel alone: no static graph can hold it.
-    pack = (weights, biases)
+    pack = (weights, 2 if problem[5] else 1, biases, False)
     torch.library.opcheck(ops.lstm_pack_weight.default, pack, test_utils=QUICK_CHECKS)
 
 
@@ -547,24 +548,6 @@ def test_compiled_layer_matches(backend):
     torch.testing.assert_close(output, layer(input)[0])
     output.sum().backward()
     assert layer.weight_ih_l0.grad is not None
-
-
-@pytest.mark.parametrize("kind", ["packed", "projection"])
-def test_torch_serves_what_the_op_does_not(kind):
-    theirs = nn.LSTM(7, 12, proj_size=5 if kind == "projection" else 0)
-    ours = fnn.LSTM.from_torch(theirs)
-    input = testing.normal(4, 3, 7)
-    if kind == "packed":
-        input = pack_sequence([input[:, 0], input[:3, 1]])
-    result, wanted = ours(input), theirs(input)
-    decision = fmkernels.last_decisions()[-1]
-    assert decision.op == "lstm" and decision.chosen == "torch"
-    assert [name for name, _ in decision.refused] == list(LSTM)
-    torch.testing.assert_close(result[1], wanted[1])
-    with pytest.raises(fmkernels.UnsupportedError, match="reference: "):
-        fnn.LSTM.from_torch(theirs, backend="reference")(input)
-    with fmkernels.use_backend("reference"), pytest.raises(fmkernels.UnsupportedError):
-        ours(input)
 
 
 @native

@@ -87,9 +87,11 @@ PackedHeader header_of(const LstmShape& shape, bool has_biases) {
                        {shape.directions, shape.hidden_size, shape.input_size, has_biases, 0});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_forward(
     const Tensor& input, const Tensor& h0, const Tensor& c0, std::vector<Tensor> weights,
-    const OptionalTensor& packed_weight, bool batch_first, bool save_for_backward) {
+    const OptionalTensor& packed_weight, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, bool, bool, bool, std::string, std::string,
+    double, double, bool batch_first, bool, bool save_for_backward) {
   const Sequence s = check_operands(input, h0, c0, weights, batch_first);
   const RnnKernels& kernels = rnn_kernels();
   const bool has_biases = weights.size() == static_cast<size_t>(s.shape.directions) * kWithBiases;
@@ -115,14 +117,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   p.gates = mutable_data_if(save_for_backward, gates);
   p.cells = mutable_data_if(save_for_backward, cells);
   if (s.shape.batch > 0) kernels.lstm_forward(p, torch_pool());
-  return {output, h_n, c_n, gates, cells};
+  std::vector<Tensor> saved;
+  if (save_for_backward) saved = {gates, cells};
+  return {output, h_n, c_n, nothing(input), saved};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n, const Tensor& input,
-    const Tensor& h0, const Tensor& c0, std::vector<Tensor> weights, const Tensor& output,
-    const Tensor& gates, const Tensor& cells, bool batch_first, bool need_input, bool need_hx,
-    bool need_weights) {
+    const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
+    const OptionalTensor&, const Tensor& input, const Tensor& h0, const Tensor& c0,
+    std::vector<Tensor> weights, const Tensor& output, std::vector<Tensor> saved,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    bool, bool, bool, std::string, std::string, double, double, bool batch_first, bool need_input,
+    bool need_hx, bool need_weights) {
+  FMK_CHECK(saved.size() == 2, "saved: expected two tensors");
+  const Tensor &gates = saved[0], &cells = saved[1];
   const Sequence s = check_operands(input, h0, c0, weights, batch_first);
   check_parameter(grad_output, "grad_output", input, s.output);
   check_parameter(grad_h_n, "grad_h_n", input, s.state);
@@ -174,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
   return {grad_input, grad_h0, grad_c0, grad_weights};
 }
 
-Tensor lstm_pack_weight(std::vector<Tensor> weights, bool has_biases) {
+Tensor lstm_pack_weight(std::vector<Tensor> weights, int64_t, bool has_biases, bool) {
   const size_t per_direction = has_biases ? kWithBiases : kWithoutBiases;
   FMK_CHECK(weights.size() == per_direction || weights.size() == 2 * per_direction,
             "weights: expected ", per_direction, " or ", 2 * per_direction, " tensors, got ",

@@ -5,7 +5,8 @@ from fmkernels.functional.conv import conv1d, conv2d, max_pool2d
 from fmkernels.functional.feed_forward import feed_forward
 from fmkernels.functional.linear import linear
 from fmkernels.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from fmkernels.functional.rnn import lstm, lstm_cell
+from fmkernels.functional.rnn import gru, lstm, rnn
+from fmkernels.functional.rnn_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
     "add_layer_norm",
@@ -14,10 +15,15 @@ __all__ = [
     "conv2d",
     "feed_forward",
     "layer_norm",
+    "gru",
+    "gru_cell",
     "linear",
     "lstm",
     "lstm_cell",
     "max_pool2d",
     "rms_norm",
+    "rnn",
+    "rnn_relu_cell",
+    "rnn_tanh_cell",
     "scaled_dot_product_attention",
 ]

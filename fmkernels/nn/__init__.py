@@ -3,7 +3,8 @@
 from fmkernels.nn.attention import MultiheadAttention
 from fmkernels.nn.conv import Conv1d, Conv2d, ConvBlock2d
 from fmkernels.nn.linear import Linear
-from fmkernels.nn.rnn import LSTM, LSTMCell
+from fmkernels.nn.rnn import GRU, LSTM, RNN
+from fmkernels.nn.rnn_cells import GRUCell, LSTMCell, RNNCell
 from fmkernels.nn.transformer import (
     FeedForward,
     TransformerDecoderLayer,
@@ -11,14 +12,18 @@ from fmkernels.nn.transformer import (
 )
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "Conv1d",
     "Conv2d",
     "ConvBlock2d",
     "FeedForward",
+    "GRUCell",
     "LSTMCell",
     "Linear",
     "MultiheadAttention",
+    "RNNCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]
