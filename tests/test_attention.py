@@ -7,15 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fmkernels
 import fmkernels.functional as FF
 from fmkernels import testing
-from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import SDPA
+from fmkernels.ops.attention.schema import Options
 
-BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), None, 0.0)
+BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native library")
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
@@ -429,52 +427,6 @@ def test_shared_heads_of_any_rank(backend, shapes):
         torch.testing.assert_close(results[name], expected[name])
 
 
-# --- what the reference alone serves
-
-
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_dropout_draws_the_mask_that_torch_draws(return_lse):
-    arguments = make_arguments(PROBLEMS["plain"], torch.float64)
-
-    def ours(query, key, value):
-        result = FF.scaled_dot_product_attention(
-            query, key, value, dropout_p=0.3, return_lse=return_lse
-        )
-        return result[0] if return_lse else result
-
-    def torchs(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.3)
-
-    results = []
-    for function in (ours, torchs):
-        torch.manual_seed(3)
-        results.append(testing.run(function, arguments))
-    torch.testing.assert_close(results[0], results[1])
-    assert fmkernels.last_decisions()[-1].chosen == "reference"
-
-
-@dtypes
-def test_gradient_of_a_mask(dtype):
-    problem = PROBLEMS["cross"]
-    arguments = make_arguments(problem, dtype)
-    arguments["attn_mask"] = testing.normal(1, 2, 5, 70, dtype=dtype)
-    arguments["attn_mask"][0, 0, 2] = float("-inf")
-    testing.compare(FF.scaled_dot_product_attention, F.scaled_dot_product_attention, arguments)
-    assert fmkernels.last_decisions()[-1].chosen == "reference"
-
-
-@native
-def test_native_backend_refuses_what_it_lacks():
-    arguments = make_arguments(PROBLEMS["plain"], torch.float32)
-    mask = torch.zeros(16, 16, requires_grad=True)
-    with pytest.raises(fmkernels.UnsupportedError, match="cpu: has no dropout"):
-        FF.scaled_dot_product_attention(**arguments, dropout_p=0.1, backend="cpu")
-    with pytest.raises(fmkernels.UnsupportedError, match="cpu: has no gradient for attn_mask"):
-        FF.scaled_dot_product_attention(**arguments, attn_mask=mask, backend="cpu")
-    with torch.no_grad():
-        FF.scaled_dot_product_attention(**arguments, attn_mask=mask, backend="cpu")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=testing.dtype_name)
 def test_float32_mask_on_half_precision(dtype):
     arguments = make_arguments(PROBLEMS["plain"], dtype)
@@ -487,91 +439,3 @@ def test_float32_mask_on_half_precision(dtype):
     wanted = F.scaled_dot_product_attention(*arguments.values(), attn_mask=mask)
     assert output.dtype == dtype
     assert testing.max_error(output, exact) <= 2 * testing.max_error(wanted, exact) + 2**-8
-
-
-# --- the ops
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
-@pytest.mark.parametrize("name", ["plain", "gqa", "value_width"])
-@pytest.mark.parametrize("layout", ["heads_first", "positions_first", "packed"])
-def test_fakes_agree_with_the_reference(name, layout, dtype):
-    query, key, value = op_arguments(name, layout, dtype)
-    forward = (query, key, value, None, True, 0.5)
-    output, lse = reference.sdpa_forward(*forward)
-    assert_same_metadata(torch.ops.fmkernels.sdpa_forward, forward, (output, lse))
-    for needed in ((True, True, True), (False, True, False)):
-        backward = (output, lse, query, key, value, output, lse, None, True, 0.5, *needed)
-        real = reference.sdpa_backward(*backward)
-        assert_same_metadata(torch.ops.fmkernels.sdpa_backward, backward, real)
-
-
-def op_arguments(name, layout, dtype):
-    tensors = make_arguments(PROBLEMS[name], dtype).values()
-    if layout == "heads_first":
-        return list(tensors)
-    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
-    if layout == "packed":
-        tensors = [torch.cat([t, t], dim=-1)[..., : t.size(-1)] for t in tensors]
-    return tensors
-
-
-def assert_same_metadata(op, arguments, real):
-    def metadata(values):
-        return [(t.shape, t.stride(), t.dtype) for t in values]
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        assert metadata(op(*fakes)) == metadata(real)
-
-
-# Tracing through AOTAutograd takes a second per call and does not depend on the dtype.
-QUICK_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-ALL_CHECKS = (*QUICK_CHECKS, "test_aot_dispatch_dynamic")
-
-
-@native
-@dtypes
-@pytest.mark.parametrize("name", ["plain", "gqa", "value_width", "two_queries"])
-@pytest.mark.parametrize("layout", ["heads_first", "positions_first", "packed"])
-def test_opcheck(name, layout, dtype):
-    query, key, value = op_arguments(name, layout, dtype)
-    thorough = dtype == torch.float32 and name == "gqa"
-    checks = ALL_CHECKS if thorough else QUICK_CHECKS
-    ops = torch.ops.fmkernels
-    for mask in (None, torch.rand(1, 1, query.size(2), key.size(2)) > 0.3):
-        forward = (query, key, value, mask, mask is None, 0.5)
-        torch.library.opcheck(ops.sdpa_forward.default, forward, test_utils=checks)
-        output, lse = ops.sdpa_forward(*forward)
-        for grad_lse, needed in ((None, (True, True, True)), (lse, (False, True, False))):
-            saved = (output, grad_lse, query, key, value, output, lse, mask, mask is None, 0.5)
-            backward = (*saved, *needed)
-            torch.library.opcheck(ops.sdpa_backward.default, backward, test_utils=checks)
-
-
-@backends
-@pytest.mark.parametrize("kind", ["full", "causal", "bool", "float"])
-def test_compiled_function_matches(backend, kind):
-    problem = PROBLEMS["gqa"]
-    mask = {"bool": torch.rand(13, 15) > 0.3, "float": testing.normal(13, 15)}.get(kind)
-    ours, _ = functions(backend, problem, mask, is_causal=kind == "causal")
-    arguments = make_arguments(problem, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    eager, traced = testing.run(ours, arguments), testing.run(compiled, arguments)
-    for name in eager:
-        torch.testing.assert_close(traced[name], eager[name])
-
-
-@backends
-def test_autocast(backend):
-    ours, torchs = functions(backend)
-    arguments = make_arguments(PROBLEMS["plain"], torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        results, expected = testing.run(ours, arguments), testing.run(torchs, arguments)
-    assert results["output"].dtype == expected["output"].dtype == torch.bfloat16
-    exact = testing.run(torchs, {name: t.double() for name, t in arguments.items()})
-    for name in expected:
-        assert results[name].dtype == expected[name].dtype
-        allowed = 2 * testing.max_error(expected[name], exact[name]) + 2**-8
-        assert testing.max_error(results[name], exact[name]) <= allowed, name

@@ -15,11 +15,12 @@ import fmkernels.functional as FF
 import fmkernels.nn as fnn
 from fmkernels import testing
 from fmkernels.ops.attention.backends import SDPA
+from fmkernels.ops.attention.schema import Options
 from fmkernels.ops.rnn.backends import LSTM
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 RNN_BACKENDS = testing.available_backends(LSTM, torch.zeros(1, 1, 1))
-ATTENTION_BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), None, 0.0)
+ATTENTION_BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 
 meta = {"device": "meta"}
 

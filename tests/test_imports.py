@@ -21,7 +21,7 @@ FLOORS = (
     ("ops",),
     ("functional",),
     ("nn",),
-    ("freeze", "testing", "info"),
+    ("freeze", "testing", "info", "_attention_oracle"),
     ("_replace",),
     ("models",),
     ("",),  # the package itself, which gathers the public names
@@ -29,7 +29,12 @@ FLOORS = (
     ("cli",),
 )
 # The same inside one family of ops/. Backends stand side by side and do not see each other.
-FAMILY_FLOORS = (("schema",), ("reference", "triton", "cuda"), ("backends",), ("autograd",))
+FAMILY_FLOORS = (
+    ("schema", "philox"),
+    ("reference", "triton", "cuda"),
+    ("backends",),
+    ("autograd",),
+)
 
 
 def module_name(path: Path) -> str:

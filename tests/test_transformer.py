@@ -13,8 +13,9 @@ import fmkernels.nn as fnn
 from fmkernels import testing
 from fmkernels.nn import _fuse
 from fmkernels.ops.attention.backends import SDPA
+from fmkernels.ops.attention.schema import Options
 
-BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), None, 0.0)
+BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native library")
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)

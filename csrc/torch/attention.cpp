@@ -75,9 +75,16 @@ AttentionResult result(const Tensor& tensor) {
   return {mutable_data_of(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-std::tuple<Tensor, Tensor> sdpa_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                        const OptionalTensor& attn_mask, bool is_causal,
-                                        double scale) {
+std::tuple<Tensor, Tensor> sdpa_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& dropout_seed, int64_t window_left, int64_t window_right, double scale,
+    double softcap, double dropout_p) {
+  FMK_CHECK(!alibi_slopes && !sinks && !cu_seqlens_q && !cu_seqlens_k && !dropout_seed &&
+                window_left < 0 && window_right <= 0 && softcap == 0 && dropout_p == 0,
+            "not supported");
+  const bool is_causal = window_right == 0;
   AttentionForward p{};
   p.problem = problem_of(query, key, value, attn_mask, is_causal, scale);
   const AttentionProblem& q = p.problem;
@@ -92,13 +99,19 @@ std::tuple<Tensor, Tensor> sdpa_forward(const Tensor& query, const Tensor& key, 
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad_output,
-                                                 const OptionalTensor& grad_lse,
-                                                 const Tensor& query, const Tensor& key,
-                                                 const Tensor& value, const Tensor& output,
-                                                 const Tensor& lse, const OptionalTensor& attn_mask,
-                                                 bool is_causal, double scale, bool need_query,
-                                                 bool need_key, bool need_value) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sdpa_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& output, const Tensor& lse,
+    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t window_left,
+    int64_t window_right, double scale, double softcap, double dropout_p, bool need_query,
+    bool need_key, bool need_value, bool need_mask, bool need_slopes, bool need_sinks) {
+  FMK_CHECK(!alibi_slopes && !sinks && !cu_seqlens_q && !cu_seqlens_k && !dropout_seed &&
+                window_left < 0 && window_right <= 0 && softcap == 0 && dropout_p == 0 &&
+                !need_mask && !need_slopes && !need_sinks,
+            "not supported");
+  const bool is_causal = window_right == 0;
   AttentionBackward p{};
   p.problem = problem_of(query, key, value, attn_mask, is_causal, scale);
   const AttentionProblem& q = p.problem;
@@ -124,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad_output,
   if (need_key) p.grad_key = result(grad_key);
   if (need_value) p.grad_value = result(grad_value);
   attention_kernels().backward(p, torch_pool());
-  return {grad_query, grad_key, grad_value};
+  return {grad_query, grad_key, grad_value, nothing(query), nothing(query), nothing(query)};
 }
 
 }  // namespace

@@ -1,16 +1,25 @@
 """Functional interface: the signatures of torch.nn.functional plus keyword-only extras."""
 
-from fmkernels.functional.attention import scaled_dot_product_attention
+from fmkernels.functional.attention import (
+    AttentionStatistics,
+    attention_statistics,
+    scaled_dot_product_attention,
+)
+from fmkernels.functional.cached_attention import attention_with_kv_cache
 from fmkernels.functional.conv import conv1d, conv2d, max_pool2d
 from fmkernels.functional.feed_forward import feed_forward
 from fmkernels.functional.linear import linear
 from fmkernels.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fmkernels.functional.packed_attention import varlen_attention
 from fmkernels.functional.rnn import gru, lstm, rnn
 from fmkernels.functional.rnn_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "AttentionStatistics",
+    "attention_statistics",
+    "attention_with_kv_cache",
     "conv1d",
     "conv2d",
     "feed_forward",
@@ -26,4 +35,5 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]

@@ -1,88 +1,17 @@
-"""Attention as functions."""
+"""Attention as functions of whole, equally long sequences."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fmkernels import _checks as check
-from fmkernels.functional._options import number, probability
+from fmkernels.functional import _attention_options as common
+from fmkernels.functional.packed_attention import nested_attention
 from fmkernels.ops.attention import autograd
-
-
-def _broadcast(name: str, *shapes: torch.Size) -> torch.Size:
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        listed = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{name} do not broadcast with one another: {listed}") from None
-
-
-def _check_operands(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    least = 3 if enable_gqa else 2
-    for name, operand in (("query", query), ("key", key), ("value", value)):
-        check.tensor(name, operand)
-        check.same_kind(name, operand, "query", query)
-        if operand.dim() < least:
-            raise ValueError(
-                f"{name} must have at least {least} dimensions, got {check.describe(operand)}"
-            )
-    if key.size(-1) != query.size(-1):
-        raise ValueError(
-            f"key must have the query's {query.size(-1)} features, got {check.describe(key)}"
-        )
-    if value.size(-2) != key.size(-2):
-        raise ValueError(
-            f"value must have the key's {key.size(-2)} positions, got {check.describe(value)}"
-        )
-    if enable_gqa:
-        heads = query.size(-3)
-        for name, operand in (("key", key), ("value", value)):
-            shared = operand.size(-3)
-            if shared == 0 or heads % shared != 0:
-                raise ValueError(
-                    f"{name} must have a number of heads that divides the query's {heads} "
-                    f"(enable_gqa), got {check.describe(operand)}"
-                )
-
-
-def _check_mask(attn_mask: Tensor, query: Tensor, full_shape: tuple[int, ...]) -> None:
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a Tensor or None, got {check.describe(attn_mask)}")
-    if attn_mask.device != query.device:
-        raise RuntimeError(
-            f"attn_mask must be on the device of query ({query.device}), "
-            f"got {check.describe(attn_mask)}"
-        )
-    allowed = (torch.bool, torch.float32, query.dtype)
-    if attn_mask.dtype not in allowed and not torch.is_autocast_enabled(query.device.type):
-        raise TypeError(
-            f"attn_mask must be bool, float32 or the query's {query.dtype}, "
-            f"got {check.describe(attn_mask)}"
-        )
-    if attn_mask.dtype is not torch.bool:
-        check.tensor("attn_mask", attn_mask)
-    if (
-        attn_mask.dim() < 2
-        or attn_mask.dim() > len(full_shape)
-        or any(
-            given not in (1, full)
-            for given, full in zip(reversed(attn_mask.shape), reversed(full_shape), strict=False)
-        )
-    ):
-        raise ValueError(
-            f"attn_mask must have at least 2 dimensions and broadcast to {full_shape}, "
-            f"got {check.describe(attn_mask)}"
-        )
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    """The factor on the scores; without features every score is 0 and any factor will do."""
-    if scale is not None:
-        return number("scale", scale)
-    return 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
+from fmkernels.ops.attention.schema import Options
 
 
 def _four_dimensional(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
@@ -106,6 +35,58 @@ def _four_dimensional_mask(attn_mask: Tensor, leading: tuple[int, ...]) -> Tenso
     return _four_dimensional(attn_mask, leading)
 
 
+class _Problem(NamedTuple):
+    """The checked call with four-dimensional operands."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    options: Options
+    leading: tuple[int, ...]  # of the result, as the caller has them
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    enable_gqa: bool,
+    is_causal: bool,
+    **options,
+) -> _Problem:
+    check.boolean("enable_gqa", enable_gqa)
+    common.check_operands(query, key, value, enable_gqa)
+    if enable_gqa:
+        heads = query.size(-3)
+        if value is not None and key.size(-3) != value.size(-3):
+            key = key.repeat_interleave(heads // key.size(-3), dim=-3)
+            value = value.repeat_interleave(heads // value.size(-3), dim=-3)
+    skipped = 3 if enable_gqa else 2
+    names = "query and key" if value is None else "query, key and value"
+    outer = tuple(
+        common.broadcast(
+            f"the leading dimensions of {names}",
+            *(t.shape[:-skipped] for t in (query, key, value) if t is not None),
+        )
+    )
+    leading = shared_leading = outer
+    if enable_gqa:
+        leading, shared_leading = (*outer, heads), (*outer, key.size(-3))
+    checked = common.options_of(query, leading, is_causal=is_causal, **options)
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask must be None when is_causal is True")
+        common.check_mask(attn_mask, query, (*leading, query.size(-2), key.size(-2)))
+        checked = checked._replace(attn_mask=_four_dimensional_mask(attn_mask, leading))
+    return _Problem(
+        _four_dimensional(query, leading),
+        _four_dimensional(key, shared_leading),
+        None if value is None else _four_dimensional(value, shared_leading),
+        checked,
+        leading,
+    )
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -116,91 +97,141 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * query key^T + mask) value`` without holding the matrix of weights.
 
     Semantics of :func:`torch.nn.functional.scaled_dot_product_attention`. The online softmax is
-    that of Milakov and Gimelshein 2018 as FlashAttention (Dao et al. 2022) tiles it.
+    that of Milakov and Gimelshein 2018 as FlashAttention (Dao et al. 2022) tiles it. The score of
+    query i and key j is ``scale * q_i . k_j``, then ``softcap * tanh(s / softcap)``, then
+    ``- slope * |i - j| + mask``.
 
     Args:
         query: ``(..., Hq, Sq, D)``, with any number of leading dimensions including none; float32,
-            bfloat16, float16 or float64.
+            bfloat16, float16 or float64. Or jagged nested tensors, all three: see
+            :func:`fmkernels.functional.varlen_attention`.
         key: ``(..., Hkv, Sk, D)``.
         value: ``(..., Hkv, Sk, Dv)``. The leading dimensions of the three broadcast.
         attn_mask: broadcastable to ``(..., Hq, Sq, Sk)``; bool (True: take part), the query's
-            dtype or float32 (added to the scaled scores). Not together with ``is_causal``.
+            dtype or float32 (added to the scaled scores; may require a gradient). Not together
+            with ``is_causal``.
         dropout_p: probability of zeroing a weight. As in torch it is applied whenever it is
-            positive: pass 0 in evaluation.
+            positive: pass 0 in evaluation. The weights kept are a function of one seed drawn from
+            torch's default generator, given in ``fmkernels/ops/attention/philox.py``.
         is_causal: query i sees keys 0..i (aligned at the top left when Sq and Sk differ).
         scale: factor on the scores; None means ``1 / sqrt(D)``.
         enable_gqa: key and value may have fewer heads than the query, a divisor of its number.
+        window: ``(left, right)``, the keys that query i sees before and after key i; -1: all.
+        softcap: bound on the scores (Gemma 2), positive.
+        alibi_slopes: ``(Hq,)`` or ``(..., Hq)``: ALiBi (Press et al. 2022).
+        sinks: ``(Hq,)``, one more logit in each row's softmax, without a value.
         return_lse: also return the logarithm of the softmax's denominator.
         backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None takes the surrounding
-            :class:`fmkernels.use_backend`. Dropout, a mask that requires a gradient and a
-            float32 mask on half-precision operands are served by the reference alone.
+            :class:`fmkernels.use_backend`.
 
     Returns:
         output ``(..., Hq, Sq, Dv)``; with ``return_lse`` a tuple ``(output, lse)``, lse
-        ``(..., Hq, Sq)`` in float32 (float64 for float64), natural logarithm. A query that sees no
-        key has output 0, lse -inf, and passes no gradient on. Differentiable once.
+        ``(..., Hq, Sq)`` in float32 (float64 for float64), natural logarithm, sink included. A
+        query that sees no key has output 0, lse -inf (or the sink), and passes no gradient to
+        query, key and value. Differentiable once, with respect to every floating-point tensor and
+        through both results.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
-    for name, flag in (
-        ("is_causal", is_causal),
-        ("enable_gqa", enable_gqa),
-        ("return_lse", return_lse),
-    ):
-        check.boolean(name, flag)
-    _check_operands(query, key, value, enable_gqa)
-    dropout_p = probability("dropout_p", dropout_p)
-    factor = _scale(scale, query)
-
-    if enable_gqa:
-        heads = query.size(-3)
-        if key.size(-3) != value.size(-3):
-            key = key.repeat_interleave(heads // key.size(-3), dim=-3)
-            value = value.repeat_interleave(heads // value.size(-3), dim=-3)
-        outer = _broadcast(
-            "the leading dimensions of query, key and value",
-            query.shape[:-3],
-            key.shape[:-3],
-            value.shape[:-3],
+    check.boolean("return_lse", return_lse)
+    options = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    if isinstance(query, Tensor) and query.is_nested:
+        if attn_mask is not None:
+            raise ValueError("attn_mask must be None for nested tensors")
+        return nested_attention(
+            query, key, value, heads_first=True, return_lse=return_lse, backend=backend, **options
         )
-        leading, shared_leading = (*outer, heads), (*outer, key.size(-3))
-    else:
-        leading = shared_leading = tuple(
-            _broadcast(
-                "the leading dimensions of query, key and value",
-                query.shape[:-2],
-                key.shape[:-2],
-                value.shape[:-2],
-            )
-        )
-    result_shape = (*leading, query.size(-2))
-    if attn_mask is not None:
-        if is_causal:
-            raise ValueError("attn_mask must be None when is_causal is True")
-        _check_mask(attn_mask, query, (*result_shape, key.size(-2)))
-        attn_mask = _four_dimensional_mask(attn_mask, leading)
+    problem = _problem(query, key, value, attn_mask, **options)
     output, lse = autograd.attention(
-        _four_dimensional(query, leading),
-        _four_dimensional(key, shared_leading),
-        _four_dimensional(value, shared_leading),
-        attn_mask,
-        dropout_p,
-        is_causal,
-        factor,
-        backend,
+        problem.query, problem.key, problem.value, problem.options, backend
     )
-    if len(leading) != 2:
-        output = output.reshape(*result_shape, output.size(-1))
-        lse = lse.reshape(result_shape)
+    if len(problem.leading) != 2:
+        output = output.reshape(*problem.leading, *output.shape[-2:])
+        lse = lse.reshape(*problem.leading, lse.size(-1))
     return (output, lse) if return_lse else output
+
+
+class AttentionStatistics(NamedTuple):
+    """What :func:`attention_statistics` returns, each ``(..., Hq, Sq)``.
+
+    Attributes:
+        entropy: of the row's softmax in nats; the sink counts as an outcome.
+        top_key: int64 index of the key of the largest weight, the first of equals; -1 where no
+            key is visible.
+        top_weight: that weight.
+        lse: as :func:`scaled_dot_product_attention` returns it.
+    """
+
+    entropy: Tensor
+    top_key: Tensor
+    top_weight: Tensor
+    lse: Tensor
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+) -> AttentionStatistics:
+    """Where each query of :func:`scaled_dot_product_attention` looks, and how sharply.
+
+    Takes that function's arguments, without values and dropout, and holds no matrix of weights
+    either. Not differentiable.
+
+    Returns:
+        :class:`AttentionStatistics`; float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
+        UnsupportedError: the explicit backend cannot serve the call.
+    """
+    problem = _problem(
+        query,
+        key,
+        None,
+        attn_mask,
+        enable_gqa,
+        is_causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    results = autograd.statistics(problem.query, problem.key, problem.options, backend)
+    if len(problem.leading) != 2:
+        results = (t.reshape(*problem.leading, t.size(-1)) for t in results)
+    return AttentionStatistics(*results)
 
 
 def attention_with_weights(
@@ -225,15 +256,14 @@ def attention_with_weights(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: another backend was asked for.
     """
-    _check_operands(query, key, value, False)
+    common.check_operands(query, key, value, False)
     for name, operand in (("query", query), ("key", key), ("value", value)):
         check.rank(name, operand, 4)
         check.shape(name, operand, (*query.shape[:2], *operand.shape[2:]), "the query's first two")
     if attn_mask is not None:
-        _check_mask(attn_mask, query, (*query.shape[:-1], key.size(-2)))
+        common.check_mask(attn_mask, query, (*query.shape[:-1], key.size(-2)))
         check.rank("attn_mask", attn_mask, 4)
-    dropout_p = probability("dropout_p", dropout_p)
-    scale = _scale(None, query)
-    return autograd.attention_with_weights(
-        query, key, value, attn_mask, dropout_p, False, scale, backend
+    options = common.options_of(
+        query, tuple(query.shape[:2]), attn_mask=attn_mask, dropout_p=dropout_p
     )
+    return autograd.attention_with_weights(query, key, value, options, backend)

@@ -7,20 +7,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
+from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
-from fmkernels.ops.attention import reference
-from fmkernels.ops.attention.backends import SDPA, needs_weights_in_memory
+from fmkernels.ops.attention import philox, reference
+from fmkernels.ops.attention.backends import APPEND, CACHED, SDPA, STATISTICS
+from fmkernels.ops.attention.schema import Options
+
+_FIELDS = len(Options._fields)
+_TENSOR_OPTIONS = 6
+_DIFFERENTIABLE_OPTIONS = 3  # attn_mask, alibi_slopes, sinks
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, attn_mask, is_causal, scale, backend):
-        output, lse = SDPA[backend].forward(query, key, value, attn_mask, is_causal, scale)
-        ctx.save_for_backward(query, key, value, output, lse, attn_mask)
+    def forward(ctx, backend, query, key, value, *options):
+        output, lse = SDPA[backend].forward(query, key, value, *options)
+        options = Options(*options)
+        ctx.save_for_backward(query, key, value, output, lse, *options[:_TENSOR_OPTIONS])
         ctx.set_materialize_grads(False)
-        ctx.is_causal = is_causal
-        ctx.scale = scale
+        ctx.numbers = options[_TENSOR_OPTIONS:]
         ctx.backend = backend
         return output, lse
 
@@ -28,9 +34,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, grad_lse):
         if grad_output is None and grad_lse is None:
-            return (None,) * 7
-        query, key, value, output, lse, attn_mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+            return (None,) * (4 + _FIELDS)
+        query, key, value, output, lse, *tensor_options = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1 : 4 + _DIFFERENTIABLE_OPTIONS]
         grad_output = torch.zeros_like(output) if grad_output is None else unit_stride(grad_output)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         with autocast_off(query.device.type):
@@ -42,14 +48,14 @@ class _Attention(torch.autograd.Function):
                 value,
                 output,
                 lse,
-                attn_mask,
-                ctx.is_causal,
-                ctx.scale,
+                *tensor_options,
+                *ctx.numbers,
                 *needed,
             )
         return (
+            None,
             *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
-            *(None,) * 4,
+            *(None,) * (_FIELDS - _DIFFERENTIABLE_OPTIONS),
         )
 
 
@@ -60,57 +66,117 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, each a Python object of its own: torch.compile traces no Function otherwise."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in seen)
+        seen.append(tensor.view(tensor.shape) if again else tensor)
+    return seen
+
+
+def _prepared(
+    query: Tensor, key: Tensor, value: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """The operands in autocast's dtype, the small options in lse's, and a seed for dropout."""
+    query, key, value, mask = cast_for_autocast(query, key, value, options.attn_mask)
+    slopes, sinks = (
+        None if tensor is None else tensor.to(opmath_dtype(query.dtype)).contiguous()
+        for tensor in (options.alibi_slopes, options.sinks)
+    )
+    seed = philox.draw_seed(query.device) if options.dropout_p > 0.0 else None
+    options = options._replace(attn_mask=mask, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+    return query, key, value, options
+
+
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    backend: str | None,
+    query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Attention on checked, four-dimensional arguments; shapes as in schema.py, any strides.
 
     Args:
-        dropout_p: probability of zeroing a weight; the caller passes 0 in evaluation.
+        options: alibi_slopes and sinks of any floating dtype; the seed is drawn here.
         backend: as in :func:`fmkernels._dispatch.select`.
 
     Returns:
         output ``(B, Hq, Sq, Dv)`` and lse ``(B, Hq, Sq)``.
     """
-    query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
-    name, implementation = select(
-        "scaled_dot_product_attention", SDPA, backend, query, attn_mask, dropout_p
-    )
+    query, key, value, options = _prepared(query, key, value, options)
+    name, implementation = select("scaled_dot_product_attention", SDPA, backend, query, options)
     with autocast_off(query.device.type):
-        if needs_weights_in_memory(attn_mask, dropout_p) is not None:
-            output, _, lse = reference.attention_with_weights(
-                query, key, value, attn_mask, is_causal, scale, dropout_p
-            )
-            return output, lse
         query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        if needs_graph(query, key, value):
-            return _Attention.apply(query, key, value, attn_mask, is_causal, scale, name)
-        return implementation.forward(query, key, value, attn_mask, is_causal, scale)
+        if needs_graph(query, key, value, *options[:_DIFFERENTIABLE_OPTIONS]):
+            operands = _distinct(query, key, value, *options[:_TENSOR_OPTIONS])
+            return _Attention.apply(name, *operands, *options[_TENSOR_OPTIONS:])
+        return implementation.forward(query, key, value, *options)
 
 
 def attention_with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    backend: str | None,
+    query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`attention`, returning output and weights ``(B, Hq, Sq, Sk)``: reference only."""
-    query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
+    query, key, value, options = _prepared(query, key, value, options)
     only_reference = {"reference": SDPA["reference"]}
-    select("attention_with_weights", only_reference, backend, query, attn_mask, dropout_p)
+    select("attention_with_weights", only_reference, backend, query, options)
     with autocast_off(query.device.type):
-        output, weights, _ = reference.attention_with_weights(
-            query, key, value, attn_mask, is_causal, scale, dropout_p
-        )
+        output, weights, _ = reference.attention_with_weights(query, key, value, options)
     return output, weights
+
+
+@torch.no_grad()
+def statistics(
+    query: Tensor, key: Tensor, options: Options, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, top key, top weight and lse of each query, as ``sdpa_statistics`` returns them."""
+    query, key, _, options = _prepared(query, key, key, options)
+    _, implementation = select("attention_statistics", STATISTICS, backend, query)
+    with autocast_off(query.device.type):
+        return implementation.forward(unit_stride(query), unit_stride(key), *options)
+
+
+def cached(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    seqlens: Tensor,
+    page_table: Tensor | None,
+    options: Options,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Appends ``new`` (key and value) to the caches, if given, and attends to what they hold.
+
+    Args:
+        seqlens: int32 ``(B,)``, the lengths before appending.
+        options: of which the op ``sdpa_cached`` takes what it takes.
+
+    Returns:
+        output ``(B, Hq, Sq, Dv)`` and lse ``(B, Hq, Sq)``.
+    """
+    # The caches are written to, so it is the query that takes their dtype under autocast.
+    query, dtype = query.to(key_cache.dtype), opmath_dtype(key_cache.dtype)
+    slopes, sinks = (
+        None if tensor is None else tensor.to(dtype).contiguous()
+        for tensor in (options.alibi_slopes, options.sinks)
+    )
+    name, implementation = select("attention_with_kv_cache", CACHED, backend, query)
+    with autocast_off(query.device.type), torch.no_grad():
+        if new is not None:
+            key, value = (unit_stride(tensor.to(key_cache.dtype)) for tensor in new)
+            APPEND[name](key_cache, value_cache, key, value, seqlens, page_table)
+            seqlens = seqlens + key.size(2)
+        return implementation.forward(
+            unit_stride(query),
+            key_cache,
+            value_cache,
+            seqlens,
+            page_table,
+            slopes,
+            sinks,
+            options.window_left,
+            options.window_right,
+            options.scale,
+            options.softcap,
+        )

@@ -1,4 +1,4 @@
-"""The backends of scaled-dot-product attention, best first."""
+"""The backends of the attention family, best first."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
-from fmkernels.ops.attention import reference, schema  # noqa: F401 - schema defines the ops
+from fmkernels.ops.attention import reference
+from fmkernels.ops.attention.schema import Options
 
 _NATIVE = native_ops_support("sdpa_forward", "sdpa_backward")
+_NATIVE_STATISTICS = native_ops_support("sdpa_statistics")
+_NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
 
 
-def needs_weights_in_memory(attn_mask: Tensor | None, dropout_p: float) -> str | None:
-    """Why the call needs the whole matrix of weights, which the ops never hold, or None."""
-    if dropout_p > 0.0:
-        return "has no dropout on the attention weights"
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "has no gradient for attn_mask"
-    return None
-
-
-def _cpu_supports(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Support:
+def _cpu_supports(query: Tensor, options: Options) -> Support:
     support = native_cpu_support(query, _NATIVE)
     if not support.ok:
         return support
-    reason = needs_weights_in_memory(attn_mask, dropout_p)
-    if reason is not None:
-        return Support(False, reason)
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+    mask = options.attn_mask
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return Support(
-            False, f"adds masks of the query's dtype only ({query.dtype}), got {attn_mask.dtype}"
+            False, f"adds masks of the query's dtype only ({query.dtype}), got {mask.dtype}"
         )
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        return Support(False, "has no gradient for attn_mask")
+    if options.dropout_p > 0.0:
+        return Support(False, "has no dropout on the attention weights")
+    named = {
+        "alibi_slopes": options.alibi_slopes is not None,
+        "sinks": options.sinks is not None,
+        "packed sequences": options.cu_seqlens_q is not None,
+        "softcap": options.softcap > 0.0,
+        "window": options.window_left >= 0 or options.window_right > 0,
+    }
+    for name, given in named.items():
+        if given:
+            return Support(False, f"has no {name}")
     return SUPPORTED
 
 
-def _reference_supports(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Support:
+def _reference_supports(query: Tensor, options: Options) -> Support:
     return SUPPORTED
 
 
@@ -50,4 +56,40 @@ SDPA = {
         forward=reference.sdpa_forward,
         backward=reference.sdpa_backward,
     ),
+}
+
+
+def _no_backward(*arguments) -> None:
+    raise RuntimeError("this operator has no gradient")
+
+
+STATISTICS = {
+    "cpu": Backend(
+        supports=lambda query: native_cpu_support(query, _NATIVE_STATISTICS),
+        forward=torch.ops.fmkernels.sdpa_statistics.default,
+        backward=_no_backward,
+    ),
+    "reference": Backend(
+        supports=lambda query: SUPPORTED,
+        forward=reference.sdpa_statistics,
+        backward=_no_backward,
+    ),
+}
+
+# Attention to a cache, and what adds to it.
+CACHED = {
+    "cpu": Backend(
+        supports=lambda query: native_cpu_support(query, _NATIVE_CACHE),
+        forward=torch.ops.fmkernels.sdpa_cached.default,
+        backward=_no_backward,
+    ),
+    "reference": Backend(
+        supports=lambda query: SUPPORTED,
+        forward=reference.sdpa_cached,
+        backward=_no_backward,
+    ),
+}
+APPEND = {
+    "cpu": torch.ops.fmkernels.kv_cache_append.default,
+    "reference": reference.kv_cache_append,
 }
