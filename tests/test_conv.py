@@ -14,11 +14,13 @@ import fmkernels.functional as FF
 import fmkernels.nn as fnn
 from fmkernels import testing
 from fmkernels.ops import _activations
-from fmkernels.ops.conv.autograd import pack_conv2d_weight
-from fmkernels.ops.conv.backends import CONV2D
+from fmkernels.ops.conv.autograd import pack_conv_weight
+from fmkernels.ops.conv.backends import CONV
+from fmkernels.ops.conv.geometry import ConvOptions
 
 PROBE = torch.zeros(1, 1, 1, 1)
-BACKENDS = testing.available_backends(CONV2D, PROBE, PROBE, None, ())
+PLAIN = ConvOptions((1, 1), (1, 1, 1, 1), (1, 1))
+BACKENDS = testing.available_backends(CONV, PROBE, PROBE, PLAIN)
 ACTIVATIONS = _activations.NAMES
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -244,6 +246,7 @@ def test_named_padding(padding, kernel, dilation, backend):
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [2, (1, 2), "same"])
 def test_padding_mode(mode, padding, backend):
+    backend = None if backend == "cpu" else backend
     torch_layer = nn.Conv2d(3, 4, (4, 3), padding=padding, padding_mode=mode)
     input = torch.randn(2, 3, 9, 8)
     output = FF.conv2d(
@@ -414,7 +417,7 @@ def test_autocast_leaves_float64_alone(backend):
 def test_packed_weight_changes_no_bit(groups, dtype, backend):
     input = testing.normal(2, 16, 9, 9, dtype=dtype)
     weight = testing.normal(32, 16 // groups, 3, 3, dtype=dtype)
-    packed = pack_conv2d_weight(weight, (1, 1), (1, 1), (1, 1), groups, backend)
+    packed = pack_conv_weight(weight, PLAIN._replace(groups=groups), backend)
     options = {"padding": 1, "groups": groups, "activation": "relu", "backend": backend}
     plain = FF.conv2d(input, weight, **options)
     assert torch.equal(FF.conv2d(input, weight, packed_weight=packed, **options), plain)
@@ -485,6 +488,7 @@ layers = pytest.mark.parametrize(
 
 @layers
 def test_layer_is_a_drop_in(torch_class, our_class, args, kwargs, shape, backend):
+    backend = None if backend == "cpu" else backend
     torch.manual_seed(1)
     theirs = torch_class(*args, **kwargs)
     torch.manual_seed(1)
@@ -501,6 +505,7 @@ def test_layer_is_a_drop_in(torch_class, our_class, args, kwargs, shape, backend
 
 @layers
 def test_from_torch_shares_parameters(torch_class, our_class, args, kwargs, shape, backend):
+    backend = None if backend == "cpu" else backend
     theirs = torch_class(*args, **kwargs).eval()
     ours = our_class.from_torch(theirs, activation="relu", backend=backend)
     assert ours.weight is theirs.weight and ours.bias is theirs.bias
@@ -517,6 +522,7 @@ def test_from_torch_refuses_a_parametrized_module(backend):
 
 @layers
 def test_layer_training_step(torch_class, our_class, args, kwargs, shape, backend):
+    backend = None if backend == "cpu" else backend
     theirs = torch_class(*args, **kwargs)
     ours = our_class.from_torch(copy.deepcopy(theirs), backend=backend)
     input = torch.randn(shape)
@@ -535,6 +541,7 @@ def test_layer_training_step(torch_class, our_class, args, kwargs, shape, backen
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @layouts
 def test_conv_block(norm, pool, activation, layout, backend):
+    backend = None if backend == "cpu" else backend
     torch.manual_seed(1)
     options = {"padding": 1, "bias": norm is None}
     block = fnn.ConvBlock2d(
@@ -631,7 +638,7 @@ def test_compile(grad, make, backend):
         ),
         "depthwise": (fnn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 8)),
     }[make]
-    layer.backend = backend
+    layer.backend = None if backend == "cpu" else backend
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     input = torch.randn(shape, requires_grad=grad)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fmkernels import _native, testing
+from fmkernels.ops._activations import opmath_dtype
 
 ops = torch.ops.fmkernels
 pytestmark = pytest.mark.skipif(
@@ -20,32 +21,35 @@ PACK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 @dtypes
 @layouts
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("pool", [[], [2, 2, 2, 2, 0, 0]], ids=["nopool", "max2"])
-def test_conv2d(dtype, layout, activation, pool):
+@pytest.mark.parametrize("pool", [None, "max"])
+def test_conv(dtype, layout, activation, pool):
     input = testing.normal(2, 4, 8, 7, dtype=dtype, layout=layout)
     weight = testing.normal(6, 2, 3, 3, dtype=dtype)
-    bias, scale, shift = (testing.normal(6, 1, dtype=dtype).flatten() for _ in range(3))
-    options = ((1, 1), (1, 1), (1, 1), 2, activation, pool)
+    bias = testing.normal(6, 1, dtype=dtype).flatten()
+    scale, shift = (testing.normal(6, 1, dtype=opmath_dtype(dtype)).flatten() for _ in range(2))
+    window = (2, 2, 2, 2, 0, 0) if pool else ()
+    options = ((1, 1), (1, 1, 1, 1), (1, 1), 2, False, "zeros", activation, pool, window)
     residual = testing.normal(2, 6, 8, 7, dtype=dtype, layout=layout)
     bare = (input, weight, None, None, None, None, None, *options)
     full = (input, weight, bias, scale, shift, residual, None, *options)
-    torch.library.opcheck(ops.conv2d_forward.default, (*bare, False))
-    torch.library.opcheck(ops.conv2d_forward.default, (*full, True))
-    output, saved, argmax = ops.conv2d_forward(*full, True)
+    torch.library.opcheck(ops.conv_forward.default, (*bare, False))
+    torch.library.opcheck(ops.conv_forward.default, (*full, True))
+    output, saved, argmax = ops.conv_forward(*full, True)
     grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
-    tensors = (grad, input, weight, scale, output, saved, argmax)
+    tensors = (grad, input, weight, bias, scale, output, saved, argmax)
     for needs in (
-        (True,) * 5,
-        (True, False, False, False, False),
-        (False, True, True, False, True),
+        (True,) * 6,
+        (True, False, False, False, False, False),
+        (False, True, True, False, False, True),
     ):
-        torch.library.opcheck(ops.conv2d_backward.default, (*tensors, *options, *needs))
+        torch.library.opcheck(ops.conv_backward.default, (*tensors, *options, *needs))
 
 
 @dtypes
-def test_conv2d_pack_weight(dtype):
-    arguments = (testing.normal(6, 2, 3, 3, dtype=dtype), (1, 1), (1, 1), (1, 1), 2)
-    torch.library.opcheck(ops.conv2d_pack_weight.default, arguments, test_utils=PACK_TESTS)
+def test_conv_pack_weight(dtype):
+    weight = testing.normal(6, 2, 3, 3, dtype=dtype)
+    arguments = (weight, (1, 1), (1, 1, 1, 1), (1, 1), 2, False, "zeros")
+    torch.library.opcheck(ops.conv_pack_weight.default, arguments, test_utils=PACK_TESTS)
 
 
 @dtypes
@@ -54,11 +58,11 @@ def test_conv2d_pack_weight(dtype):
 def test_max_pool2d(dtype, layout, ceil_mode):
     input = testing.normal(2, 5, 9, 8, dtype=dtype, layout=layout)
     options = ((3, 2), (2, 2), (1, 1), (1, 2))
-    torch.library.opcheck(ops.max_pool2d_forward.default, (input, *options, ceil_mode))
-    output, argmax = ops.max_pool2d_forward(input, *options, ceil_mode)
+    torch.library.opcheck(ops.max_pool_forward.default, (input, *options, ceil_mode))
+    output, argmax = ops.max_pool_forward(input, *options, ceil_mode)
     grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
     arguments = (grad, argmax, input.shape, *options)
-    torch.library.opcheck(ops.max_pool2d_backward.default, arguments)
+    torch.library.opcheck(ops.max_pool_backward.default, arguments)
 
 
 @dtypes

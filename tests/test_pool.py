@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import fmkernels
 import fmkernels.functional as FF
 from fmkernels import testing
-from fmkernels.ops.conv.backends import MAX_POOL2D
+from fmkernels.ops.conv.backends import MAX_POOL
 
-BACKENDS = testing.available_backends(MAX_POOL2D, torch.zeros(1, 1, 1, 1), (2, 2))
+BACKENDS = testing.available_backends(MAX_POOL, torch.zeros(1, 1, 1, 1), (2, 2))
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)

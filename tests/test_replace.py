@@ -44,14 +44,14 @@ class Basic(nn.Module):
         self.lstm = nn.LSTM(6, 8, num_layers=2, batch_first=True, bidirectional=True)
         self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
         self.gru = nn.GRU(16, 16, batch_first=True)
-        self.conv = nn.Conv3d(1, 2, 3, padding=1)
+        self.mix = nn.Bilinear(16, 16, 16)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x):
         x, _ = self.lstm(x)
         x, _ = self.attention(x, x, x, need_weights=False)
         x, _ = self.gru(x)
-        x = x + self.conv(x[:, None, None])[:, 0, 0]
+        x = x + self.mix(x, x)
         return self.head(x[:, -1])
 
 
@@ -70,7 +70,7 @@ class TestLayers:
             "attention": "replaced",
             "attention.out_proj": "replaced",
             "gru": "replaced",
-            "conv": "kept",
+            "mix": "kept",
             "head": "replaced",
         }
         assert [type(m) for m in (model.lstm, model.attention, model.gru, model.head)] == [
@@ -318,7 +318,7 @@ class TestKept:
         with pytest.raises(fmkernels.UnsupportedError) as error:
             fmkernels.replace(model, strict=True)
         assert "1 layer of Basic cannot be replaced" in str(error.value)
-        assert "conv (Conv3d): fmkernels has no Conv3d layer" in str(error.value)
+        assert "mix (Bilinear): fmkernels has no Bilinear layer" in str(error.value)
         assert modules_of(model) == modules
 
     def test_strict_minds_only_the_families_asked_for(self, basic):

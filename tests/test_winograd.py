@@ -98,10 +98,10 @@ def test_exact_precision_is_direct():
 
 def test_packed_weight_of_another_form_is_refused():
     weight = torch.randn(32, 32, 3, 3)
-    arguments = ([1, 1], [1, 1], [1, 1], 1)
-    packed = torch.ops.fmkernels.conv2d_pack_weight(weight, *arguments, False)
+    arguments = ([1, 1], [1, 1, 1, 1], [1, 1], 1, False, "zeros")
+    packed = torch.ops.fmkernels.conv_pack_weight(weight, *arguments, False)
     input = torch.randn(1, 32, 8, 8)
-    run = torch.ops.fmkernels.conv2d_forward
+    run = torch.ops.fmkernels.conv_forward
     strided = run(
         input,
         weight,
@@ -112,6 +112,7 @@ def test_packed_weight_of_another_form_is_refused():
         packed,
         [2, 2],
         *arguments[1:],
+        None,
         None,
         [],
         False,
@@ -130,6 +131,7 @@ def test_packed_weight_of_another_form_is_refused():
             None,
             packed[:-1].contiguous(),
             *arguments,
+            None,
             None,
             [],
             False,

@@ -31,6 +31,8 @@ struct ConvShape {
   int64_t out_channels, groups;            // weight: [out_channels][channels / groups][kernel_h]
                                            // [kernel_w]
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  // padding: before the first row and column; what is padded after the
+  // last shows in the output's size
   int64_t out_height, out_width;  // of the convolution, before pooling; 0 as above
 };
 
@@ -53,8 +55,9 @@ struct ConvForward {
   const void* input;
   const void* weight;
   const void* packed_weight;  // from pack_weight for `algorithm`, or null: packed by this call
-  const void* bias;           // [out_channels], as scale and shift
-  const void* scale;
+  const void* bias;           // [out_channels]
+  const void* scale;          // [out_channels] in the type that dtype is accumulated in (float, or
+                              // double for itself), as shift
   const void* shift;
   const void* residual;  // shaped like the convolution's output
   Activation activation;
@@ -72,6 +75,7 @@ struct ConvBackward {
   const void* grad_output;  // shaped like the forward's output
   const void* input;        // read for grad_weight
   const void* weight;       // read for grad_input
+  const void* bias;         // as in the forward; read for grad_scale
   const void* scale;        // as in the forward
   const void* saved;        // what the activation's derivative is computed from: the
                             // pre-activation, or for relu the forward's output; null for a pooled
@@ -84,6 +88,7 @@ struct ConvBackward {
   void* grad_input;          // results from here on, each may be null
   void* grad_weight;
   void* grad_bias;
+  void* grad_scale;  // as scale and shift
   void* grad_shift;
 };
 

@@ -78,12 +78,7 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
   view.reduction_stride = view.columns * taps;
   view.group_stride = view.reduction * view.reduction_stride;
   view.kernel_w = s.kernel_w;
-  if (p.scale) {
-    auto* scale =
-        static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, s.out_channels * sizeof(Acc<T>)));
-    convert(static_cast<const T*>(p.scale), scale, s.out_channels);
-    view.reduction_scale = scale;
-  }
+  view.reduction_scale = static_cast<const Acc<T>*>(p.scale);
   Correlation<T> c{};
   c.channels_last = s.channels_last;
   c.batch = s.batch;
@@ -131,12 +126,36 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
     }
 }
 
+// d loss / d scale[k] = sum over pixels of grad[k] * (conv[k] + bias[k]). The convolution is linear
+// in its weight, so the sum of grad * conv is the product of the weight and its gradient (without
+// the scale): the convolution's output is not needed. Then the weight's gradient gets its scale.
+template <class T>
+void finish_scale(const ConvBackward& p, const T* grad_weight, const Acc<T>* grad_sums) {
+  const ConvShape& s = p.shape;
+  const int64_t length = s.channels / s.groups * s.kernel_h * s.kernel_w;
+  const auto* scale = static_cast<const Acc<T>*>(p.scale);
+  const auto* bias = static_cast<const T*>(p.bias);
+  for (int64_t k = 0; k < s.out_channels; ++k) {
+    const T* weight = static_cast<const T*>(p.weight) + k * length;
+    const T* grad = grad_weight + k * length;
+    double sum = bias ? static_cast<double>(widen(bias[k])) * static_cast<double>(grad_sums[k]) : 0;
+    for (int64_t i = 0; i < length; ++i)
+      sum += static_cast<double>(widen(weight[i])) * static_cast<double>(widen(grad[i]));
+    static_cast<Acc<T>*>(p.grad_scale)[k] = static_cast<Acc<T>>(sum);
+    if (p.grad_weight) {
+      T* to = static_cast<T*>(p.grad_weight) + k * length;
+      for (int64_t i = 0; i < length; ++i) narrow(to + i, widen(grad[i]) * scale[k]);
+    }
+    if (p.grad_bias) narrow(static_cast<T*>(p.grad_bias) + k, grad_sums[k] * scale[k]);
+  }
+}
+
 template <class T>
 void backward_typed(const ConvBackward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
   const T* grad = grad_of_preactivation<T>(p, pool);
   if (p.grad_input) grad_of_input(p, grad, pool);
-  if (!p.grad_weight && !p.grad_bias && !p.grad_shift) return;
+  if (!p.grad_weight && !p.grad_bias && !p.grad_scale && !p.grad_shift) return;
   WeightGradient<T> w{};
   w.channels_last = s.channels_last;
   w.batch = s.batch;
@@ -147,11 +166,21 @@ void backward_typed(const ConvBackward& p, const Parallel& pool) {
   w.x = {s.width, s.out_width, s.kernel_w, s.stride_w, -s.padding_w, s.dilation_w};
   w.input = static_cast<const T*>(p.input);
   w.grad = grad;
-  w.scale = static_cast<const T*>(p.scale);
   w.grad_weight = static_cast<T*>(p.grad_weight);
-  w.grad_shift = static_cast<T*>(p.grad_shift);
-  w.grad_bias = static_cast<T*>(p.grad_bias);
+  w.grad_shift = static_cast<Acc<T>*>(p.grad_shift);
+  if (!p.grad_scale) {
+    w.scale = static_cast<const Acc<T>*>(p.scale);
+    w.grad_bias = static_cast<T*>(p.grad_bias);
+    return weight_gradient(w, pool);
+  }
+  const int64_t weights = s.out_channels * s.channels / s.groups * s.kernel_h * s.kernel_w;
+  const int64_t sums_bytes = s.out_channels * static_cast<int64_t>(sizeof(Acc<T>));
+  auto* room = static_cast<char*>(
+      scratch_bytes(Scratch::kCall2, sums_bytes + weights * static_cast<int64_t>(sizeof(T))));
+  if (!w.grad_shift) w.grad_shift = reinterpret_cast<Acc<T>*>(room);
+  if (!w.grad_weight) w.grad_weight = reinterpret_cast<T*>(room + sums_bytes);
   weight_gradient(w, pool);
+  finish_scale(p, w.grad_weight, w.grad_shift);
 }
 
 }  // namespace

@@ -72,8 +72,8 @@ void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shif
   const int64_t n = p.shape.out_channels, padded = n + kVectorSlack<T>;
   auto* terms = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
   Acc<T>*factors = terms + padded, *bias = factors + padded;
-  widen_padded(static_cast<const T*>(p.shift), n, padded, Acc<T>(0), terms);
-  widen_padded(static_cast<const T*>(p.scale), n, padded, Acc<T>(1), factors);
+  widen_padded(static_cast<const Acc<T>*>(p.shift), n, padded, Acc<T>(0), terms);
+  widen_padded(static_cast<const Acc<T>*>(p.scale), n, padded, Acc<T>(1), factors);
   widen_padded(static_cast<const T*>(p.bias), n, padded, Acc<T>(0), bias);
   for (int64_t i = 0; i < n; ++i) terms[i] += factors[i] * bias[i];
   *shift = terms;

@@ -82,10 +82,10 @@ struct WeightGradient {
   Axis y, x;
   const T* input;
   const T* grad;
-  const T* scale;
+  const Acc<T>* scale;
   T* grad_weight;
-  T* grad_shift;  // sum of grad
-  T* grad_bias;   // scale * sum of grad
+  Acc<T>* grad_shift;  // sum of grad
+  T* grad_bias;        // scale * sum of grad
 };
 template <class T>
 void weight_gradient(const WeightGradient<T>&, const Parallel&);

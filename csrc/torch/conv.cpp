@@ -12,6 +12,10 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using Ints = std::vector<int64_t>;
 
+ScalarType accumulated_as(const Tensor& model) {
+  return model.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Whether the elements of a 4-D tensor lie in memory as NHWC (channels_last) or NCHW without gaps.
 bool dense_in(const Tensor& tensor, bool channels_last) {
   if (tensor.numel() == 0) return true;
@@ -56,6 +60,17 @@ void check_values(const Ints& values, const char* name, size_t count, int64_t lo
               " on, got ", value);
 }
 
+// A vector per channel in the type that `model` is accumulated in.
+void check_vector(const OptionalTensor& vector, const char* name, const Tensor& model,
+                  int64_t channels) {
+  if (!vector) return;
+  check_cpu(*vector, name);
+  FMK_CHECK(vector->scalar_type() == accumulated_as(model), name,
+            ": expected float32, or float64 for a float64 input");
+  check_shape(*vector, name, {channels});
+  check_contiguous(*vector, name);
+}
+
 struct Conv {
   ConvShape shape;
   PoolShape pool;
@@ -69,7 +84,7 @@ ConvShape check_weight(const Tensor& weight, const Ints& stride, const Ints& pad
   FMK_CHECK(weight.dim() == 4 && weight.numel() > 0,
             "weight: expected four dimensions, none of them empty");
   check_values(stride, "stride", 2, 1);
-  check_values(padding, "padding", 2, 0);
+  check_values(padding, "padding", 4, 0);
   check_values(dilation, "dilation", 2, 1);
   FMK_CHECK(groups >= 1 && weight.size(0) % groups == 0,
             "groups: expected a divisor of the output channels, got ", groups);
@@ -83,15 +98,16 @@ ConvShape check_weight(const Tensor& weight, const Ints& stride, const Ints& pad
   s.stride_h = stride[0];
   s.stride_w = stride[1];
   s.padding_h = padding[0];
-  s.padding_w = padding[1];
+  s.padding_w = padding[2];
   s.dilation_h = dilation[0];
   s.dilation_w = dilation[1];
   return s;
 }
 
 // Number of places a dilated kernel fits in.
-int64_t places(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
+int64_t places(int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after,
+               int64_t dilation) {
+  const int64_t room = size + before + after - dilation * (kernel - 1) - 1;
   return room < 0 ? 0 : room / stride + 1;
 }
 
@@ -107,8 +123,8 @@ Conv check_conv(const Tensor& input, const Tensor& weight, const Ints& stride, c
   s.batch = input.size(0);
   s.height = input.size(2);
   s.width = input.size(3);
-  s.out_height = places(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
-  s.out_width = places(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  s.out_height = places(s.height, s.kernel_h, s.stride_h, padding[0], padding[1], s.dilation_h);
+  s.out_width = places(s.width, s.kernel_w, s.stride_w, padding[2], padding[3], s.dilation_w);
   FMK_CHECK(s.out_height > 0 && s.out_width > 0, "input: smaller than the kernel");
   c.conv_size = {s.batch, s.out_channels, s.out_height, s.out_width};
   c.output_size = c.conv_size;
@@ -120,8 +136,8 @@ Conv check_conv(const Tensor& input, const Tensor& weight, const Ints& stride, c
                 q.stride_h >= 1 && q.stride_w >= 1 && 2 * q.padding_h <= q.kernel_h &&
                 2 * q.padding_w <= q.kernel_w,
             "pool: expected windows of at most 3x3 and paddings of at most half of that");
-  q.out_height = places(s.out_height, q.kernel_h, q.stride_h, q.padding_h, 1);
-  q.out_width = places(s.out_width, q.kernel_w, q.stride_w, q.padding_w, 1);
+  q.out_height = places(s.out_height, q.kernel_h, q.stride_h, q.padding_h, q.padding_h, 1);
+  q.out_width = places(s.out_width, q.kernel_w, q.stride_w, q.padding_w, q.padding_w, 1);
   FMK_CHECK(q.out_height > 0 && q.out_width > 0, "pool: larger than the convolution's output");
   c.output_size = {s.batch, s.out_channels, q.out_height, q.out_width};
   return c;
@@ -139,23 +155,36 @@ ConvAlgorithm packed_algorithm(const Tensor& packed) {
   check_cpu(packed, "packed_weight");
   FMK_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                 packed.numel() >= static_cast<int64_t>(sizeof header),
-            "packed_weight: expected the result of conv2d_pack_weight");
+            "packed_weight: expected the result of conv_pack_weight");
   std::memcpy(&header, packed.const_data_ptr(), sizeof header);
   FMK_CHECK(header.algorithm >= 0 && header.algorithm <= 1, "packed_weight: damaged");
   return static_cast<ConvAlgorithm>(header.algorithm);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
+// What this version of the kernels does not compute.
+Ints check_options(const Ints& padding, bool transposed, const std::string& padding_mode,
+                   const std::optional<std::string>& pool) {
+  FMK_CHECK(padding.size() == 4, "padding: expected 4 values, got ", padding.size());
+  FMK_CHECK(!transposed, "transposed: not supported");
+  FMK_CHECK(padding_mode == "zeros", "padding_mode: only zeros are supported");
+  FMK_CHECK(!pool || *pool == "max", "pool: only max is supported");
+  return padding;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_forward(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
     const OptionalTensor& packed_weight, const Ints& stride, const Ints& padding,
-    const Ints& dilation, int64_t groups, const std::optional<std::string>& activation,
+    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
+    const std::optional<std::string>& activation, const std::optional<std::string>& pool_kind,
     const Ints& pool, bool save_for_backward, bool exact) {
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, pool);
+  const Conv c =
+      check_conv(input, weight, stride, check_options(padding, transposed, padding_mode, pool_kind),
+                 dilation, groups, pool);
   const bool channels_last = c.shape.channels_last;
   check_parameter(bias, "bias", input, {c.shape.out_channels});
-  check_parameter(scale, "scale", input, {c.shape.out_channels});
-  check_parameter(shift, "shift", input, {c.shape.out_channels});
+  check_vector(scale, "scale", input, c.shape.out_channels);
+  check_vector(shift, "shift", input, c.shape.out_channels);
   if (residual) check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
   const ConvKernels& kernels = conv_kernels();
 
@@ -198,17 +227,22 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   return {output, saved, argmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-    const OptionalTensor& scale, const Tensor& output, const Tensor& saved, const Tensor& argmax,
-    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-    const std::optional<std::string>& activation, const Ints& pool, bool need_input,
-    bool need_weight, bool need_bias, bool need_shift, bool need_residual, bool exact) {
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, pool);
+    const OptionalTensor& bias, const OptionalTensor& scale, const Tensor& output,
+    const Tensor& saved, const Tensor& argmax, const Ints& stride, const Ints& padding,
+    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
+    const std::optional<std::string>& activation, const std::optional<std::string>& pool_kind,
+    const Ints& pool, bool need_input, bool need_weight, bool need_bias, bool need_scale,
+    bool need_shift, bool need_residual, bool exact) {
+  const Conv c =
+      check_conv(input, weight, stride, check_options(padding, transposed, padding_mode, pool_kind),
+                 dilation, groups, pool);
   const bool channels_last = c.shape.channels_last;
   const ScalarType dtype = input.scalar_type();
   check_image(grad_output, "grad_output", dtype, c.output_size, channels_last);
-  check_parameter(scale, "scale", input, {c.shape.out_channels});
+  check_parameter(bias, "bias", input, {c.shape.out_channels});
+  check_vector(scale, "scale", input, c.shape.out_channels);
 
   ConvBackward p{};
   p.shape = c.shape;
@@ -237,11 +271,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
       need_input ? allocate_image(input, shape_of(input), channels_last) : nothing(input);
   Tensor grad_weight = allocate_if(need_weight, input, shape_of(weight));
   Tensor grad_bias = allocate_if(need_bias, input, {c.shape.out_channels});
-  Tensor grad_shift = allocate_if(need_shift, input, {c.shape.out_channels});
+  const ScalarType accumulated = accumulated_as(input);
+  Tensor grad_scale = allocate(input, {need_scale ? c.shape.out_channels : 0}, accumulated);
+  Tensor grad_shift = allocate(input, {need_shift ? c.shape.out_channels : 0}, accumulated);
   p.grad_preactivation = mutable_data_if(changed, grad_preactivation);
   p.grad_input = mutable_data_if(need_input, grad_input);
   p.grad_weight = mutable_data_if(need_weight, grad_weight);
   p.grad_bias = mutable_data_if(need_bias, grad_bias);
+  p.bias = data_of(bias);
+  p.grad_scale = mutable_data_if(need_scale, grad_scale);
   p.grad_shift = mutable_data_if(need_shift, grad_shift);
   conv_kernels().backward(p, torch_pool());
   // An operator may not return an argument: with nothing after the convolution the residual's
@@ -254,12 +292,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_backward(
       torch::stable::copy_(grad_residual, grad_output);
     }
   }
-  return {grad_input, grad_weight, grad_bias, grad_shift, grad_residual};
+  return {grad_input, grad_weight, grad_bias, grad_scale, grad_shift, grad_residual};
 }
 
-Tensor conv2d_pack_weight(const Tensor& weight, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, int64_t groups, bool exact) {
-  const ConvShape shape = check_weight(weight, stride, padding, dilation, groups);
+Tensor conv_pack_weight(const Tensor& weight, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, int64_t groups, bool transposed,
+                        const std::string& padding_mode, bool exact) {
+  const ConvShape shape =
+      check_weight(weight, stride, check_options(padding, transposed, padding_mode, std::nullopt),
+                   dilation, groups);
   const ConvKernels& kernels = conv_kernels();
   const ConvAlgorithm algorithm = kernels.choose_algorithm(shape, exact);
   void* panels;
@@ -285,7 +326,7 @@ PoolShape check_window(const Ints& kernel, const Ints& stride, const Ints& paddi
 int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                     bool ceil_mode) {
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  if (!ceil_mode || room < 0) return places(size, kernel, stride, padding, dilation);
+  if (!ceil_mode || room < 0) return places(size, kernel, stride, padding, padding, dilation);
   const int64_t count = (room + stride - 1) / stride + 1;
   return (count - 1) * stride >= size + padding ? count - 1 : count;
 }
@@ -295,9 +336,9 @@ MaxPool describe(const Tensor& like, bool channels_last, const Ints& size,
   return {dtype_of(like, "input"), channels_last, size[0], size[1], size[2], size[3], window};
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_forward(const Tensor& input, const Ints& kernel_size,
-                                              const Ints& stride, const Ints& padding,
-                                              const Ints& dilation, bool ceil_mode) {
+std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input, const Ints& kernel_size,
+                                            const Ints& stride, const Ints& padding,
+                                            const Ints& dilation, bool ceil_mode) {
   const bool channels_last = image_layout(input, "input");
   MaxPool m = describe(input, channels_last, shape_of(input),
                        check_window(kernel_size, stride, padding, dilation));
@@ -314,9 +355,9 @@ std::tuple<Tensor, Tensor> max_pool2d_forward(const Tensor& input, const Ints& k
   return {output, argmax};
 }
 
-Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, const Ints& input_size,
-                           const Ints& kernel_size, const Ints& stride, const Ints& padding,
-                           const Ints& dilation) {
+Tensor max_pool_backward(const Tensor& grad_output, const Tensor& argmax, const Ints& input_size,
+                         const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                         const Ints& dilation) {
   const bool channels_last = image_layout(grad_output, "grad_output");
   check_values(input_size, "input_size", 4, 0);
   FMK_CHECK(input_size[0] == grad_output.size(0) && input_size[1] == grad_output.size(1),
@@ -336,11 +377,11 @@ Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
-  m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
-  m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
-  m.impl("conv2d_pack_weight", TORCH_BOX(&conv2d_pack_weight));
-  m.impl("max_pool2d_forward", TORCH_BOX(&max_pool2d_forward));
-  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
+  m.impl("conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("conv_backward", TORCH_BOX(&conv_backward));
+  m.impl("conv_pack_weight", TORCH_BOX(&conv_pack_weight));
+  m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
+  m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
 }
 
 }  // namespace fmk::ops

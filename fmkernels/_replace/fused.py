@@ -10,10 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fmkernels import nn as fnn
-from fmkernels.functional.conv import Pool, pool2d
+from fmkernels.functional.conv import Pool
 from fmkernels.nn._frozen import adopt
-from fmkernels.nn.conv import _uses_batch_statistics
-from fmkernels.ops import _activations
 
 
 class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
@@ -51,10 +49,7 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
         )
         # In a tuple, because a module held directly would be registered as a submodule.
         layer._norm = (norm,)
-        layer.activation = activation
-        layer.pool = pool
-        layer.backend = None
-        layer._init_frozen(("_packed_weight", "_folded_scale", "_folded_shift"))
+        layer._init_epilogue(activation, pool, None)
         adopt(layer, module)
         return layer
 
@@ -65,15 +60,6 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
     @property
     def norm(self) -> nn.BatchNorm2d:
         return self._norm[0]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not _uses_batch_statistics(self.norm):
-            return super().forward(input)
-        # Calling the norm would run its pass-through forward.
-        conv = self._conv(input, self._packed()[0], None, None, None, None)
-        output = nn.BatchNorm2d.forward(self.norm, conv)
-        output = _activations.apply(self.activation, output)
-        return output if self.pool is None else pool2d(output, self.pool, backend=self.backend)
 
     def extra_repr(self) -> str:
         extras = ["batch norm"]

@@ -6,11 +6,20 @@ from fmkernels.functional.attention import (
     scaled_dot_product_attention,
 )
 from fmkernels.functional.cached_attention import attention_with_kv_cache
-from fmkernels.functional.conv import conv1d, conv2d, max_pool2d
+from fmkernels.functional.conv import (
+    causal_conv1d,
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from fmkernels.functional.feed_forward import feed_forward
 from fmkernels.functional.linear import linear
 from fmkernels.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fmkernels.functional.packed_attention import varlen_attention
+from fmkernels.functional.pool import avg_pool2d, max_pool2d
 from fmkernels.functional.rnn import gru, lstm, rnn
 from fmkernels.functional.rnn_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
@@ -20,8 +29,14 @@ __all__ = [
     "AttentionStatistics",
     "attention_statistics",
     "attention_with_kv_cache",
+    "avg_pool2d",
+    "causal_conv1d",
     "conv1d",
     "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "feed_forward",
     "layer_norm",
     "gru",

@@ -1,7 +1,15 @@
 """Layers: subclasses of the torch.nn classes whose forward is one functional call."""
 
 from fmkernels.nn.attention import MultiheadAttention
-from fmkernels.nn.conv import Conv1d, Conv2d, ConvBlock2d
+from fmkernels.nn.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
+from fmkernels.nn.conv_block import ConvBlock1d, ConvBlock2d
 from fmkernels.nn.linear import Linear
 from fmkernels.nn.rnn import GRU, LSTM, RNN
 from fmkernels.nn.rnn_cells import GRUCell, LSTMCell, RNNCell
@@ -17,7 +25,12 @@ __all__ = [
     "RNN",
     "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "ConvBlock1d",
     "ConvBlock2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "FeedForward",
     "GRUCell",
     "LSTMCell",

@@ -1,7 +1,8 @@
-"""The backends of the convolution and pooling ops, best first."""
+"""The backends of the convolution, pooling and norm ops, best first."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,73 +10,126 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
-from fmkernels.ops.conv import reference, schema
+from fmkernels.ops.conv import (
+    reference,
+    reference_norm,
+    reference_pool,
+    schema,  # noqa: F401 - defines the ops
+    schema_norm,  # noqa: F401
+    schema_pool,
+)
+from fmkernels.ops.conv.geometry import ConvOptions
 
-# Windows that the convolution kernels pool in their epilogue; others are pooled by a second op.
+# Windows that every backend pools in the epilogue; others are pooled by the pooling ops.
 FUSED_POOL_WINDOWS = ((2, 2), (3, 3))
 
-_NATIVE_CONV2D = native_ops_support("conv2d_forward", "conv2d_backward", "conv2d_pack_weight")
-_NATIVE_MAX_POOL2D = native_ops_support("max_pool2d_forward", "max_pool2d_backward")
+_ops = torch.ops.fmkernels
+
+_NATIVE_CONV = native_ops_support("conv_forward", "conv_backward", "conv_pack_weight")
+_NATIVE_MAX_POOL = native_ops_support("max_pool_forward", "max_pool_backward")
+_NATIVE_AVG_POOL = native_ops_support("avg_pool_forward", "avg_pool_backward")
+_NATIVE_NORM = native_ops_support("channel_norm_forward", "channel_norm_backward")
 
 
-def _cpu_supports_conv2d(
-    input: Tensor, weight: Tensor, activation: str | None, pool: Sequence[int]
-) -> Support:
-    if pool and tuple(pool[:2]) not in FUSED_POOL_WINDOWS:
-        return Support(False, f"fuses 2x2 and 3x3 max-pooling, got a {pool[0]}x{pool[1]} window")
-    return native_cpu_support(input, _NATIVE_CONV2D)
+def fuses_pool(kernel_size: Sequence[int]) -> bool:
+    """Whether a pool of this window belongs into the ops that have a pool in their epilogue."""
+    return tuple(kernel_size) in FUSED_POOL_WINDOWS
 
 
-def _reference_supports_conv2d(
-    input: Tensor, weight: Tensor, activation: str | None, pool: Sequence[int]
-) -> Support:
+def _cpu_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
+    if len(options.stride) != 2:
+        return Support(False, f"has no {len(options.stride)}-dimensional convolution")
+    if options.transposed:
+        return Support(False, "has no transposed convolution")
+    if options.padding_mode != "zeros":
+        return Support(False, f"has no {options.padding_mode} padding")
+    if options.pool == "avg":
+        return Support(False, "has no average pooling")
+    return native_cpu_support(input, _NATIVE_CONV)
+
+
+def _cpu_supports_max_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
+    if len(kernel_size) != 2:
+        return Support(False, f"has no {len(kernel_size)}-dimensional pooling")
+    return _native_max_pool_support(input, kernel_size)
+
+
+def _native_max_pool_support(input: Tensor, kernel_size: Sequence[int]) -> Support:
+    support = _reference_supports_max_pool(input, kernel_size)
+    return native_cpu_support(input, _NATIVE_MAX_POOL) if support.ok else support
+
+
+def _cpu_supports_avg_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
+    return native_cpu_support(input, _NATIVE_AVG_POOL)
+
+
+def _cpu_supports_norm(input: Tensor) -> Support:
+    return native_cpu_support(input, _NATIVE_NORM)
+
+
+def _reference_supports(*problem: object) -> Support:
     return SUPPORTED
 
 
-CONV2D = {
+def _reference_supports_max_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
+    if math.prod(kernel_size) > schema_pool.MAX_POOL_AREA:
+        return Support(
+            False,
+            f"a window holds at most {schema_pool.MAX_POOL_AREA} elements, "
+            f"got {'x'.join(map(str, kernel_size))}",
+        )
+    return SUPPORTED
+
+
+CONV = {
     "cpu": Backend(
-        supports=_cpu_supports_conv2d,
-        forward=torch.ops.fmkernels.conv2d_forward.default,
-        backward=torch.ops.fmkernels.conv2d_backward.default,
-        pack=torch.ops.fmkernels.conv2d_pack_weight.default,
+        supports=_cpu_supports_conv,
+        forward=_ops.conv_forward.default,
+        backward=_ops.conv_backward.default,
+        pack=_ops.conv_pack_weight.default,
     ),
     "reference": Backend(
-        supports=_reference_supports_conv2d,
-        forward=reference.conv2d_forward,
-        backward=reference.conv2d_backward,
+        supports=_reference_supports,
+        forward=reference.conv_forward,
+        backward=reference.conv_backward,
     ),
 }
 
-
-def _cpu_supports_max_pool2d(input: Tensor, kernel_size: Sequence[int]) -> Support:
-    if kernel_size[0] * kernel_size[1] > schema.MAX_POOL_AREA:
-        return _window_too_large(kernel_size)
-    return native_cpu_support(input, _NATIVE_MAX_POOL2D)
-
-
-def _reference_supports_max_pool2d(input: Tensor, kernel_size: Sequence[int]) -> Support:
-    if kernel_size[0] * kernel_size[1] > schema.MAX_POOL_AREA:
-        return _window_too_large(kernel_size)
-    return SUPPORTED
-
-
-def _window_too_large(kernel_size: Sequence[int]) -> Support:
-    return Support(
-        False,
-        f"a window holds at most {schema.MAX_POOL_AREA} elements, "
-        f"got {kernel_size[0]}x{kernel_size[1]}",
-    )
-
-
-MAX_POOL2D = {
+MAX_POOL = {
     "cpu": Backend(
-        supports=_cpu_supports_max_pool2d,
-        forward=torch.ops.fmkernels.max_pool2d_forward.default,
-        backward=torch.ops.fmkernels.max_pool2d_backward.default,
+        supports=_cpu_supports_max_pool,
+        forward=_ops.max_pool_forward.default,
+        backward=_ops.max_pool_backward.default,
     ),
     "reference": Backend(
-        supports=_reference_supports_max_pool2d,
-        forward=reference.max_pool2d_forward,
-        backward=reference.max_pool2d_backward,
+        supports=_reference_supports_max_pool,
+        forward=reference_pool.max_pool_forward,
+        backward=reference_pool.max_pool_backward,
+    ),
+}
+
+AVG_POOL = {
+    "cpu": Backend(
+        supports=_cpu_supports_avg_pool,
+        forward=_ops.avg_pool_forward.default,
+        backward=_ops.avg_pool_backward.default,
+    ),
+    "reference": Backend(
+        supports=_reference_supports,
+        forward=reference_pool.avg_pool_forward,
+        backward=reference_pool.avg_pool_backward,
+    ),
+}
+
+NORM = {
+    "cpu": Backend(
+        supports=_cpu_supports_norm,
+        forward=_ops.channel_norm_forward.default,
+        backward=_ops.channel_norm_backward.default,
+    ),
+    "reference": Backend(
+        supports=_reference_supports,
+        forward=reference_norm.channel_norm_forward,
+        backward=reference_norm.channel_norm_backward,
     ),
 }

@@ -1,4 +1,4 @@
-"""The convolution and pooling ops in plain PyTorch: any device and dtype, explicit backward."""
+"""The convolution ops in plain PyTorch: any device and dtype, explicit backward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmkernels.ops import _activations
-from fmkernels.ops.conv.schema import RELU_ZERO, conv_output_size, memory_format_of
+from fmkernels.ops.conv.geometry import (
+    ConvOptions,
+    conv_shape,
+    edges_of,
+    in_layout,
+    is_channels_last,
+    padding_source,
+    per_channel,
+    window_parts,
+)
+from fmkernels.ops.conv.reference_pool import (
+    avg_pool_backward,
+    avg_pool_forward,
+    max_pool_backward,
+    max_pool_forward,
+)
+from fmkernels.ops.conv.schema import RELU_ZERO
 
 
-def conv2d_forward(
+def conv_forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -24,48 +40,53 @@ def conv2d_forward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    padding_mode: str,
     activation: str | None,
-    pool: Sequence[int],
+    pool: str | None,
+    window: Sequence[int],
     save_for_backward: bool,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See schema.py. ``packed_weight`` and ``exact`` are not read."""
-    memory_format = memory_format_of(input)
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions(
+        stride, padding, dilation, groups, transposed, padding_mode, activation, pool, window
+    )
+    channels_last, dims = is_channels_last(input), input.dim() - 2
+    output = _convolution(input, weight, bias, options)
     saved = input.new_empty((0,))
     argmax = input.new_empty((0,), dtype=torch.uint8)
     if activation is not None or any(t is not None for t in (scale, shift, residual)):
         # The epilogue runs in the accumulation dtype, so that only its result is rounded again.
         pre = output.to(_activations.opmath_dtype(input.dtype))
         if scale is not None:
-            pre = pre * _per_channel(scale)
+            pre = pre * per_channel(scale, dims)
         if shift is not None:
-            pre = pre + _per_channel(shift)
+            pre = pre + per_channel(shift, dims)
         if residual is not None:
             pre = pre + residual
         if save_for_backward and _activations.needs_preactivation(activation):
-            saved = pre.to(input.dtype).contiguous(memory_format=memory_format)
+            saved = in_layout(pre.to(input.dtype), channels_last)
         output = _activations.apply(activation, pre).to(input.dtype)
-    if pool:
-        output, positions = max_pool2d_forward(
-            output.contiguous(memory_format=memory_format),
-            pool[0:2],
-            pool[2:4],
-            pool[4:6],
-            (1, 1),
-            False,
-        )
+    output = in_layout(output, channels_last)
+    if pool == "max":
+        output, positions = max_pool_forward(output, *window_parts(window), (1,) * dims, False)
         if save_for_backward:
             argmax = positions
             if activation == "relu":
                 argmax = positions.masked_fill(output <= 0, RELU_ZERO)
-    return output.contiguous(memory_format=memory_format), saved, argmax
+    elif pool == "avg":
+        if save_for_backward and activation == "relu":
+            argmax = in_layout((~(output <= 0)).to(torch.uint8), channels_last)
+        output = avg_pool_forward(output, *window_parts(window), False, True, None)
+    return output, saved, argmax
 
 
-def conv2d_backward(
+def conv_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     scale: Tensor | None,
     output: Tensor,
     saved: Tensor,
@@ -74,141 +95,121 @@ def conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    padding_mode: str,
     activation: str | None,
-    pool: Sequence[int],
+    pool: str | None,
+    window: Sequence[int],
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    need_scale: bool,
     need_shift: bool,
     need_residual: bool,
     exact: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See schema.py."""
-    dtype, memory_format = input.dtype, memory_format_of(input)
+    options = ConvOptions(
+        stride, padding, dilation, groups, transposed, padding_mode, activation, pool, window
+    )
+    dtype, channels_last, dims = input.dtype, is_channels_last(input), input.dim() - 2
+    absent = input.new_empty((0,))
     grad = grad_output.to(_activations.opmath_dtype(dtype))
+    absent_vector = grad.new_empty((0,))
     if pool:
-        if activation == "relu":
-            dead = argmax == RELU_ZERO
-            grad = grad.masked_fill(dead, 0)
-            argmax = argmax.masked_fill(dead, 0)  # which may lie outside, see below
-        spatial = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-        conv_shape = (input.shape[0], weight.shape[0], *spatial)
-        grad = max_pool2d_backward(
-            grad.contiguous(memory_format=memory_format),
-            argmax,
-            conv_shape,
-            pool[0:2],
-            pool[2:4],
-            pool[4:6],
-            (1, 1),
-        )
+        grad = _unpool(grad, argmax, conv_shape(input, weight, options), options)
     if not (pool and activation == "relu"):
         grad = _activations.apply_backward(activation, grad, saved, output)
     # grad is now that of the pre-activation: scale * (conv + bias) + shift + residual.
-    absent = input.new_empty((0,))
-    grad_shift = grad.sum((0, 2, 3)).to(dtype) if need_shift else absent
-    grad_residual = absent
-    if need_residual:
-        grad_residual = grad.to(dtype).contiguous(memory_format=memory_format)
+    pixels = (0, *range(2, dims + 2))
+    grad_shift = grad.sum(pixels) if need_shift else absent_vector
+    grad_residual = in_layout(grad.to(dtype), channels_last) if need_residual else absent
+    grad_scale = absent_vector
+    if need_scale:
+        grad_scale = (grad * _convolution(input, weight, bias, options)).sum(pixels)
     if scale is not None:
-        grad = grad * _per_channel(scale)
-    grad_bias = grad.sum((0, 2, 3)).to(dtype) if need_bias else absent
+        grad = grad * per_channel(scale, dims)
+    grad_bias = grad.sum(pixels).to(dtype) if need_bias else absent
     grad_input = grad_weight = absent
     if need_input or need_weight:
-        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.to(dtype),
-            input,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            (0, 0),
-            groups,
-            (need_input, need_weight, False),
+        grad_input, grad_weight = _convolution_backward(
+            grad.to(dtype), input, weight, options, need_input, need_weight
         )
     return (
-        grad_input.contiguous(memory_format=memory_format) if need_input else absent,
+        in_layout(grad_input, channels_last) if need_input else absent,
         grad_weight.contiguous() if need_weight else absent,
         grad_bias,
+        grad_scale,
         grad_shift,
         grad_residual,
     )
 
 
-def max_pool2d_forward(
+def _convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
+) -> Tensor:
+    padded, arguments = _as_torch(input, options)
+    return torch.ops.aten.convolution(padded, weight, bias, *arguments)
+
+
+def _convolution_backward(
+    grad: Tensor,
     input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    """See schema.py."""
-    memory_format = memory_format_of(input)
-    output, indices = F.max_pool2d(
-        input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
+    weight: Tensor,
+    options: ConvOptions,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    padded, arguments = _as_torch(input, options)
+    grad_padded, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, *arguments, (need_input, need_weight, False)
     )
-    width = input.shape[3]
-    top, left = _window_origins(output.shape[2:], stride, padding, input.device)
-    row = (indices // width - top) // dilation[0]
-    column = (indices % width - left) // dilation[1]
-    argmax = (row * kernel_size[1] + column).to(torch.uint8)
-    return (
-        output.contiguous(memory_format=memory_format),
-        argmax.contiguous(memory_format=memory_format),
-    )
+    if not need_input or padded is input:
+        return grad_padded, grad_weight
+    # Every padded position hands its gradient to the position that it repeats.
+    grad_input = grad_padded.to(_activations.opmath_dtype(grad.dtype))
+    for axis, (before, after) in enumerate(edges_of(options.padding)):
+        size, dim = input.shape[2 + axis], 2 + axis
+        if options.padding_mode == "zeros":
+            grad_input = grad_input.narrow(dim, before, size)
+        elif before or after:
+            source = padding_source(size, before, after, options.padding_mode, input.device)
+            shape = (*grad_input.shape[:dim], size, *grad_input.shape[dim + 1 :])
+            grad_input = grad_input.new_zeros(shape).index_add(dim, source, grad_input)
+    return grad_input.to(grad.dtype), grad_weight
 
 
-def max_pool2d_backward(
-    grad_output: Tensor,
-    argmax: Tensor,
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """See schema.py. Windows that overlap add up in the accumulation dtype."""
-    memory_format = memory_format_of(grad_output)
-    indices = flat_indices(argmax, input_size[3], kernel_size, stride, padding, dilation)
-    indices = indices.clamp(min=0)  # a window's first element may lie in the padding
-    batch, channels, height, width = input_size
-    grad_input = grad_output.new_zeros(
-        (batch, channels, height * width), dtype=_activations.opmath_dtype(grad_output.dtype)
-    )
-    grad_input = grad_input.scatter_add(
-        2, indices.flatten(2), grad_output.to(grad_input.dtype).flatten(2)
-    )
-    grad_input = grad_input.to(grad_output.dtype).view(batch, channels, height, width)
-    return grad_input.contiguous(memory_format=memory_format)
+def _as_torch(input: Tensor, options: ConvOptions) -> tuple[Tensor, tuple]:
+    """The input with the padding that torch's op cannot do, and that op's integer arguments."""
+    o = options
+    edges = edges_of(o.padding)
+    pads = tuple(before for before, _ in edges)
+    output_padding = (0,) * len(edges)
+    if o.transposed:
+        output_padding = tuple(before - after for before, after in edges)
+    elif o.padding_mode != "zeros" or any(before != after for before, after in edges):
+        pads = (0,) * len(edges)
+        if o.padding_mode == "zeros":
+            input = F.pad(input, [amount for edge in reversed(edges) for amount in edge])
+        else:
+            for axis, (before, after) in enumerate(edges):
+                if before or after:
+                    source = padding_source(
+                        input.shape[2 + axis], before, after, o.padding_mode, input.device
+                    )
+                    input = input.index_select(2 + axis, source)
+    return input, (o.stride, pads, o.dilation, o.transposed, output_padding, o.groups)
 
 
-def flat_indices(
-    argmax: Tensor,
-    width: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Window-local positions as torch's indices: int64, ``row * width + column`` of the input."""
-    top, left = _window_origins(argmax.shape[2:], stride, padding, argmax.device)
-    position = argmax.to(torch.int64)
-    row = top + position // kernel_size[1] * dilation[0]
-    column = left + position % kernel_size[1] * dilation[1]
-    return row * width + column
-
-
-def _window_origins(
-    output_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Input row (as a column vector) and input column at which each window starts."""
-    top = torch.arange(output_size[0], device=device) * stride[0] - padding[0]
-    left = torch.arange(output_size[1], device=device) * stride[1] - padding[1]
-    return top[:, None], left
-
-
-def _per_channel(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1)
+def _unpool(grad: Tensor, argmax: Tensor, shape: tuple[int, ...], options: ConvOptions) -> Tensor:
+    """The gradient before the pool, and, as argmax tells it, before a relu."""
+    parts = window_parts(options.window)
+    relu = options.activation == "relu"
+    if options.pool == "avg":
+        grad = avg_pool_backward(grad, shape, *parts, True, None)
+        return grad * argmax if relu else grad
+    if relu:
+        dead = argmax == RELU_ZERO
+        grad = grad.masked_fill(dead, 0)
+        argmax = argmax.masked_fill(dead, 0)  # which may lie outside, see max_pool_backward
+    return max_pool_backward(grad, argmax, shape, *parts, (1,) * (grad.dim() - 2))
