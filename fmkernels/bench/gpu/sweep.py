@@ -200,8 +200,10 @@ def _failure(job: Job, error: str, seconds: float) -> Row:
 
 
 def _chain(error: BaseException | None) -> str:
+    """The last line of each exception that led to this one, the cause first."""
     parts = []
     while error is not None:
-        parts.append(f"{type(error).__name__}: {error}".strip())
+        text = f"{type(error).__name__}: {error}".strip().splitlines()
+        parts.append(" ".join([text[0], *text[-1:]][: len(text)]))
         error = error.__cause__
-    return " <- ".join(parts)[-1500:]
+    return " <- ".join(reversed(parts))[:600]

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fmkernels._dispatch import current_precision
+from fmkernels.ops import _dropout
 from fmkernels.ops._triton.support import INTERPRETING, cuda_table, hip_table, unsupported
 
 
@@ -175,17 +176,24 @@ def accumulator_dtype(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype is torch.float64 else tl.float32
 
 
-def dot_precision(tensor: Tensor, kind: str) -> str:
+def dot_precision(tensor: Tensor, kind: str, exact: bool = False) -> str:
     """``input_precision`` of ``tl.dot``: tf32 only for float32, and where torch allows it.
 
     Args:
         kind: whose flag to ask: ``"matmul"`` (``torch.backends.cuda.matmul``) or ``"conv"``
             (``torch.backends.cudnn.conv``).
+        exact: whether the call was made under ``precision("exact")``, for a backward, which may
+            run in another thread; a forward need not say.
     """
-    if tensor.dtype is not torch.float32 or current_precision() == "exact":
+    if tensor.dtype is not torch.float32 or exact or current_precision() == "exact":
         return "ieee"
     backend = torch.backends.cuda.matmul if kind == "matmul" else torch.backends.cudnn.conv
     return "tf32" if backend.fp32_precision == "tf32" else "ieee"
+
+
+def dropout_constants(p: float) -> dict[str, Any]:
+    """Arguments of ``primitives.drop``: compile-time ones, for a float one is only a float32."""
+    return {"THRESHOLD": _dropout.threshold(p), "FACTOR": _dropout.factor(p)}
 
 
 def multiprocessors(tensor: Tensor) -> int:

@@ -37,6 +37,28 @@ def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def drop(x, seed_ptr, row, column, THRESHOLD: tl.constexpr, FACTOR: tl.constexpr):
+    """``x`` after dropout, with the mask of fmkernels/ops/_dropout.py, bit by bit.
+
+    ``row`` and ``column`` broadcast against each other.
+    """
+    row = row.to(tl.int64)
+    counter, row = tl.broadcast((column // 4).to(tl.int64), row)
+    low = row & 0xFFFFFFFF
+    first, second, third, fourth = tl.philox(
+        tl.load(seed_ptr),
+        counter.to(tl.uint32),
+        low.to(tl.uint32),
+        (row >> 32).to(tl.uint32),
+        tl.zeros_like(row).to(tl.uint32),
+    )
+    lane = column % 4
+    early, late = tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth)
+    word = tl.where(lane < 2, early, late)
+    return tl.where(word.to(tl.int64) >= THRESHOLD, x * FACTOR, 0.0)
+
+
+@triton.jit
 def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.conv import (
     reference,
     reference_norm,
@@ -17,6 +18,7 @@ from fmkernels.ops.conv import (
     schema,  # noqa: F401 - defines the ops
     schema_norm,  # noqa: F401
     schema_pool,
+    triton_pack,
 )
 from fmkernels.ops.conv.geometry import ConvOptions
 
@@ -67,6 +69,14 @@ def _cpu_supports_norm(input: Tensor) -> Support:
     return native_cpu_support(input, _NATIVE_NORM)
 
 
+def _triton_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
+    return SUPPORTED
+
+
+def _triton_supports_avg_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
+    return SUPPORTED
+
+
 def _reference_supports(*problem: object) -> Support:
     return SUPPORTED
 
@@ -81,12 +91,17 @@ def _reference_supports_max_pool(input: Tensor, kernel_size: Sequence[int]) -> S
     return SUPPORTED
 
 
+_TRITON = "fmkernels.ops.conv.triton"
+
 CONV = {
     "cpu": Backend(
         supports=_cpu_supports_conv,
         forward=_ops.conv_forward.default,
         backward=_ops.conv_backward.default,
         pack=_ops.conv_pack_weight.default,
+    ),
+    "triton": triton_backend(
+        _TRITON, _triton_supports_conv, "conv_forward", "conv_backward", triton_pack.pack_weight
     ),
     "reference": Backend(
         supports=_reference_supports,
@@ -101,6 +116,9 @@ MAX_POOL = {
         forward=_ops.max_pool_forward.default,
         backward=_ops.max_pool_backward.default,
     ),
+    "triton": triton_backend(
+        _TRITON, _reference_supports_max_pool, "max_pool_forward", "max_pool_backward"
+    ),
     "reference": Backend(
         supports=_reference_supports_max_pool,
         forward=reference_pool.max_pool_forward,
@@ -113,6 +131,9 @@ AVG_POOL = {
         supports=_cpu_supports_avg_pool,
         forward=_ops.avg_pool_forward.default,
         backward=_ops.avg_pool_backward.default,
+    ),
+    "triton": triton_backend(
+        _TRITON, _triton_supports_avg_pool, "avg_pool_forward", "avg_pool_backward"
     ),
     "reference": Backend(
         supports=_reference_supports,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.feed_forward import reference, schema  # noqa: F401 - schema defines the ops
 
 _NATIVE = native_ops_support(
@@ -16,6 +17,10 @@ _NATIVE = native_ops_support(
 
 def _cpu_supports(input: Tensor) -> Support:
     return native_cpu_support(input, _NATIVE)
+
+
+def _triton_supports(input: Tensor) -> Support:
+    return SUPPORTED
 
 
 def _reference_supports(input: Tensor) -> Support:
@@ -28,6 +33,12 @@ FEED_FORWARD = {
         forward=torch.ops.fmkernels.feed_forward_forward.default,
         backward=torch.ops.fmkernels.feed_forward_backward.default,
         pack=torch.ops.fmkernels.feed_forward_pack_weight.default,
+    ),
+    "triton": triton_backend(
+        "fmkernels.ops.feed_forward.triton",
+        _triton_supports,
+        "feed_forward_forward",
+        "feed_forward_backward",
     ),
     "reference": Backend(
         supports=_reference_supports,

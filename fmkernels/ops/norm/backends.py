@@ -7,13 +7,21 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.norm import reference, schema  # noqa: F401 - schema defines the ops
 
 _NATIVE = native_ops_support("norm_forward", "norm_backward")
+_TRITON_FEATURES = 16384
 
 
 def _cpu_supports(input: Tensor) -> Support:
     return native_cpu_support(input, _NATIVE)
+
+
+def _triton_supports(input: Tensor) -> Support:
+    if input.shape[-1] > _TRITON_FEATURES:
+        return Support(False, f"holds a row of at most {_TRITON_FEATURES} features in registers")
+    return SUPPORTED
 
 
 def _reference_supports(input: Tensor) -> Support:
@@ -25,6 +33,9 @@ NORM = {
         supports=_cpu_supports,
         forward=torch.ops.fmkernels.norm_forward.default,
         backward=torch.ops.fmkernels.norm_backward.default,
+    ),
+    "triton": triton_backend(
+        "fmkernels.ops.norm.triton", _triton_supports, "norm_forward", "norm_backward"
     ),
     "reference": Backend(
         supports=_reference_supports,
