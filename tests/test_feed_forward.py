@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import fmkernels.functional as FF
 from fmkernels import testing
 from fmkernels.ops import _activations, _dropout
-from fmkernels.ops.feed_forward.autograd import pack_feed_forward_weights
+from fmkernels.ops.feed_forward.autograd import pack_feed_forward_weight
 from fmkernels.ops.feed_forward.backends import FEED_FORWARD
 
 BACKENDS = testing.available_backends(FEED_FORWARD, torch.zeros(1))
@@ -207,8 +207,10 @@ def test_same_bits_twice(dtype, gated, backend):
 @forms
 def test_packed_weights_change_no_bit(dtype, gated, backend):
     arguments = make_arguments(PROBLEMS["odd"], dtype, gated=gated)
-    weights = (arguments["weight1"], arguments.get("gate_weight"), arguments["weight2"])
-    packed = pack_feed_forward_weights(*weights, backend)
+    packed = (
+        pack_feed_forward_weight(arguments["weight1"], arguments.get("gate_weight"), backend),
+        pack_feed_forward_weight(arguments["weight2"], None, backend),
+    )
     plain = FF.feed_forward(**arguments, backend=backend)
     assert torch.equal(FF.feed_forward(**arguments, packed_weights=packed, backend=backend), plain)
 

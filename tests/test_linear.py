@@ -111,6 +111,34 @@ def test_any_strides(grad_layout, layout, activation, backend):
     check(arguments, backend, activation, grad_layout=grad_layout)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("columns", [64, 19, 256])
+@dtypes
+def test_transposed_weight(rows, columns, dtype, backend):
+    """The weight of GPT-2's Conv1D: its gradient comes back with its strides."""
+    arguments = make_arguments(((rows,), 48, columns), dtype)
+    arguments["weight"] = testing.in_layout(arguments["weight"], "transposed")
+    check(arguments, backend, "gelu" if dtype.itemsize > 2 else None)
+    weight = arguments["weight"].requires_grad_()
+    FF.linear(arguments["input"], weight, backend=backend).sum().backward()
+    assert weight.grad.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("residual", [False, True])
+@dtypes
+def test_few_rows(rows, residual, dtype, backend):
+    """Products of a few rows read the weight where it lies."""
+    arguments = make_arguments(((rows,), 131, 203), dtype, residual=residual)
+    check(arguments, backend, "silu" if dtype.itemsize > 2 else None)
+
+
+def test_products_larger_than_the_caches(backend):
+    """Several panels at a time, the reduction in chunks, more rows than one block."""
+    arguments = make_arguments(((1100,), 1500, 260), torch.float32)
+    check(arguments, backend)
+
+
 @pytest.mark.parametrize("needed", ["input", "weight", "bias", "residual"])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_each_gradient_alone(needed, activation, backend):

@@ -1,4 +1,4 @@
-"""torch.library.opcheck of the conv and linear ops: schema, fakes, registration."""
+"""torch.library.opcheck of the ops: schema, fakes, registration."""
 
 from __future__ import annotations
 
@@ -88,3 +88,60 @@ def test_linear(dtype, activation):
 def test_linear_pack_weight(dtype):
     arguments = (testing.normal(5, 7, dtype=dtype),)
     torch.library.opcheck(ops.linear_pack_weight.default, arguments, test_utils=PACK_TESTS)
+
+
+@dtypes
+@pytest.mark.parametrize("rms", [False, True])
+def test_norm(dtype, rms):
+    input, residual, grad, grad_sum = (testing.normal(2, 3, 7, dtype=dtype) for _ in range(4))
+    weight, bias = testing.normal(7, dtype=dtype), testing.normal(7, dtype=dtype)
+    seed = torch.tensor([3])
+    bare = (input, None, None, None, rms, 1e-5, 0.0, None)
+    full = (input, residual, weight, bias, rms, 1e-5, 0.5, seed)
+    torch.library.opcheck(ops.norm_forward.default, (*bare, False, False))
+    torch.library.opcheck(ops.norm_forward.default, (*bare, True, True))
+    torch.library.opcheck(ops.norm_forward.default, (*full, False, True))
+    torch.library.opcheck(ops.norm_forward.default, (*full, True, False))
+    _, total, mean, rstd = ops.norm_forward(*full, True, True)
+    tensors = (grad, grad_sum, total, weight, mean, rstd, rms, 0.5, seed)
+    for needs in ((True,) * 4, (True, False, False, False), (False, True, True, False)):
+        torch.library.opcheck(ops.norm_backward.default, (*tensors, *needs))
+
+
+@dtypes
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_feed_forward(dtype, gated, activation):
+    input, weight1 = testing.normal(2, 3, 7, dtype=dtype), testing.normal(9, 7, dtype=dtype)
+    bias1, weight2 = testing.normal(9, dtype=dtype), testing.normal(5, 9, dtype=dtype)
+    bias2, residual = testing.normal(5, dtype=dtype), testing.normal(2, 3, 5, dtype=dtype)
+    gate = testing.normal(9, 7, dtype=dtype) if gated else None
+    gate_bias = testing.normal(9, dtype=dtype) if gated else None
+    seed = torch.tensor([3])
+    forward = ops.feed_forward_forward.default
+    bare = (input, weight1, None, gate, None, weight2, None, None, None, None, activation)
+    full = (
+        *(input, weight1, bias1, gate, gate_bias, weight2, bias2, residual, None, None),
+        *(activation, 0.5, seed),
+    )
+    torch.library.opcheck(forward, (*bare, 0.0, None, False))
+    torch.library.opcheck(forward, (*full, True))
+    output, *saved = forward(*full, True)
+    grad = testing.normal(*output.shape, dtype=dtype)
+    tensors = (grad, input, weight1, gate, weight2, *saved, activation, 0.5, seed)
+    alone = (False,) * 6
+    for needs in (
+        (True, True, True, gated, gated, True, True),
+        (True, *alone),
+        (*alone, True),
+    ):
+        torch.library.opcheck(ops.feed_forward_backward.default, (*tensors, *needs))
+
+
+@dtypes
+def test_feed_forward_pack_weight(dtype):
+    weight, gate = testing.normal(5, 7, dtype=dtype), testing.normal(5, 7, dtype=dtype)
+    for arguments in ((weight, None), (weight, gate)):
+        torch.library.opcheck(
+            ops.feed_forward_pack_weight.default, arguments, test_utils=PACK_TESTS
+        )

@@ -35,4 +35,12 @@ enum class Activation : uint8_t {
   kMish,
 };
 
+// Dropout as fmkernels/ops/_dropout.py defines it: element (row, column) is kept, multiplied by
+// `factor`, where its Philox word is at least `threshold`. threshold 0: no dropout.
+struct Dropout {
+  uint64_t seed = 0;
+  uint64_t threshold = 0;
+  double factor = 1;
+};
+
 }  // namespace fmk

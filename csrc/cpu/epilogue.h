@@ -42,6 +42,15 @@ FMK_NOINLINE void activate_rows(Activation activation, const Acc<T>* z, int64_t 
     }
 }
 
+// A step of the caller's own instead of activation and store. It gets a tile of sums, shift added,
+// as z[rows][ld_z] in L1, and the place of the tile in the product: `columns` valid columns from
+// `column` on.
+template <class T>
+struct TileStep {
+  void (*run)(const TileStep& self, const Acc<T>* z, int64_t ld_z, int64_t row, int rows,
+              int64_t column, int columns);
+};
+
 template <class T>
 struct Epilogue {
   using V = Vec<T>;
@@ -57,6 +66,8 @@ struct Epilogue {
   T* preactivation =
       nullptr;  // where z is kept for the backward pass, laid out as `out`; null: not kept
   Activation activation = Activation::kNone;
+  const TileStep<T>* step = nullptr;  // with it, only shift is applied of all the above
+  int64_t row = 0, column = 0;        // of the tile, for the step
 
   template <int MR, int NV>
   FMK_LAMBDA void run(V (&acc)[MR][NV]) const {
@@ -83,10 +94,11 @@ struct Epilogue {
       }
     }
     if (preactivation) store_tile(preactivation, acc);
-    if (activation > Activation::kRelu6) {
+    if (step || activation > Activation::kRelu6) {
       Elem z[MR][NV * V::W];
       FMK_FOR (i, MR)
         FMK_FOR (j, NV) store(&z[i][j * V::W], acc[i][j]);
+      if (step) return step->run(*step, &z[0][0], NV * V::W, row, MR, column, columns);
       activate_rows(activation, &z[0][0], NV * V::W, MR, columns, out, ld_out);
       return;
     }
@@ -116,32 +128,42 @@ struct Epilogue {
   }
 
   // The same for accumulators that already lie in memory, acc[rows][ld_acc].
-  void run_rows(const Elem* acc, int64_t ld_acc, int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Epilogue of_row = at_row(row);
-      for (int column = 0; column < columns; column += V::W) {
-        V one[1][1] = {{load(acc + row * ld_acc + column)}};
-        of_row.at_panel(column, columns - column).template run<1, 1>(one);
+  void run_rows(Elem* acc, int64_t ld_acc, int64_t rows) const {
+    if (step) {
+      if (shift) {
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < ld_acc; j += V::W)
+            store(acc + i * ld_acc + j, load(acc + i * ld_acc + j) + load(shift + j));
+      }
+      return step->run(*step, acc, ld_acc, row, static_cast<int>(rows), column, columns);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const Epilogue of_row = at_row(i);
+      for (int j = 0; j < columns; j += V::W) {
+        V one[1][1] = {{load(acc + i * ld_acc + j)}};
+        of_row.at_panel(j, columns - j).template run<1, 1>(one);
       }
     }
   }
 
-  Epilogue at_row(int64_t row) const {
+  Epilogue at_row(int64_t rows) const {
     Epilogue moved = *this;
-    moved.out += row * ld_out;
-    if (residual) moved.residual += row * ld_residual;
-    if (preactivation) moved.preactivation += row * ld_out;
+    moved.row += rows;
+    moved.out += rows * ld_out;
+    if (residual) moved.residual += rows * ld_residual;
+    if (preactivation) moved.preactivation += rows * ld_out;
     return moved;
   }
-  // The same epilogue for the panel that starts at `column` and has `valid` columns.
-  Epilogue at_panel(int64_t column, int64_t valid) const {
+  // The same epilogue for the panel that starts `first` columns on and has `valid` columns.
+  Epilogue at_panel(int64_t first, int64_t valid) const {
     Epilogue moved = *this;
-    moved.out += column;
+    moved.column += first;
+    moved.out += first;
     moved.columns = static_cast<int>(valid);
-    if (scale) moved.scale += column;
-    if (shift) moved.shift += column;
-    if (residual) moved.residual += column;
-    if (preactivation) moved.preactivation += column;
+    if (scale) moved.scale += first;
+    if (shift) moved.shift += first;
+    if (residual) moved.residual += first;
+    if (preactivation) moved.preactivation += first;
     return moved;
   }
 };

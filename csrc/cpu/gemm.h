@@ -203,59 +203,121 @@ struct GemmProblem {
   const T* b = nullptr;
   int64_t ldb = 0;
   bool b_transposed =
-      false;             // B[k][n] at b[n * ldb + k] (a weight matrix) instead of b[k * ldb + n]
-  Epilogue<T> epilogue;  // for column 0; scale and shift of PanelSplit::padded_columns() elements
+      false;  // B[k][n] at b[n * ldb + k] (a weight matrix) instead of b[k * ldb + n]
+  // Two products at once, for an epilogue with a step that combines them: with the transposed
+  // matrices b_first and b, which share ldb. Panels are paired (PanelSplit), b_first before b, and
+  // so is packed_b.
+  bool paired = false;
+  const T* b_first = nullptr;
+  // For column 0; scale and shift of PanelSplit::padded_columns() elements. Of a paired product the
+  // columns that count are those of one matrix, and column numbers those of the pair.
+  Epilogue<T> epilogue;
+
+  PanelSplit<Vec<T>> split() const {
+    return paired ? PanelSplit<Vec<T>>::paired(n) : PanelSplit<Vec<T>>::of(n);
+  }
 };
 
 // Reduction steps after which a tile's accumulators go through memory: a chunk of B (256 KB) then
 // stays in L2 while all row tiles pass over it, and of a reduction-major A the touched lines stay
 // in L1.
 constexpr int64_t kChunkWords = 1024, kReductionMajorChunkWords = 256;
-// Below this much arithmetic a fork costs more than it gives (about 20 us of one core).
+// Neighbouring panels are computed together, row tile by row tile, where A is larger than
+// kSmallOperandBytes: A then comes from beyond L2 once per group instead of once per panel. A
+// group's chunks of B and its partial sums each stay below kGroupBytes, half of an L2 cache.
+#if defined(__AVX512F__)
+constexpr int64_t kGroupBytes = 512 * 1024;
+#else
+constexpr int64_t kGroupBytes = 128 * 1024;
+#endif
+constexpr int64_t kSmallOperandBytes = kGroupBytes / 2, kMaxGroup = 8;
+// Below this much arithmetic, on an operand of less than kSerialBytes, a fork costs more than it
+// gives (about 20 us of one core).
 constexpr double kSerialFlops = 4e6;
+constexpr int64_t kSerialBytes = 256 * 1024;
+// Products of at most so many rows read each number of B once: packing would double the traffic.
+constexpr int64_t kUnpackedRows = 4;
 
 template <class T>
 FMK_INLINE int64_t packed_words(int64_t n, int64_t k) {
   return PanelSplit<Vec<T>>::of(n).padded_columns() * words_of<T>(k);
 }
 
-// Rows [row0, row0 + rows) of one panel of C.
+// One panel of C: its columns in the padded product, and those of its (or each of its two)
+// matrices.
+struct PanelPlace {
+  int vecs;
+  int64_t column, width;       // with padding
+  int64_t first, part, valid;  // of a matrix: first column, columns in the panel, without padding
+  template <class T>
+  FMK_INLINE PanelPlace of(const GemmProblem<T>& p, int64_t panel) {
+    const auto split = p.split();
+    const int vecs = split.width_vecs(panel);
+    const int64_t column = split.column(panel), width = vecs * Vec<T>::W;
+    const int64_t halves = p.paired ? 2 : 1, first = column / halves, part = width / halves;
+    return {vecs, column, width, first, part, min_of<int64_t>(p.n - first, part)};
+  }
+};
+
+// Words [word0, word1) of a panel of B, packed.
 template <class T>
-FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t row0, int64_t rows) {
+FMK_INLINE void pack_panel(const GemmProblem<T>& p, const PanelPlace& at, int64_t k0, int64_t k,
+                           Word<T>* to) {
+  if (p.paired)
+    pack_columns_into_panel(p.b_first + at.first * p.ldb + k0, p.ldb, k, at.valid, at.part, to,
+                            at.width);
+  if (p.b_transposed)
+    pack_columns_into_panel(p.b + at.first * p.ldb + k0, p.ldb, k, at.valid, at.part,
+                            to + (at.width - at.part), at.width);
+  else
+    pack_rows_as_panel(p.b + k0 * p.ldb + at.first, p.ldb, k, at.valid, at.width, to);
+}
+
+// The number of reduction chunks.
+template <class T>
+FMK_INLINE int64_t chunk_count(const GemmProblem<T>& p) {
+  const int64_t limit = p.a_reduction_major ? kReductionMajorChunkWords : kChunkWords;
+  return max_of<int64_t>(1, ceil_div(words_of<T>(p.k), limit + limit / 4));
+}
+
+// Rows [row0, row0 + rows) of `group` neighbouring panels of C.
+template <class T>
+FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t group, int64_t row0,
+                             int64_t rows) {
   using M = Mac<T>;
   using V = Vec<T>;
   constexpr int kPair = M::kPair;
-  const auto split = PanelSplit<V>::of(p.n);
-  const int64_t column = split.column(panel),
-                valid = min_of<int64_t>(p.n - column, split.width_vecs(panel) * V::W);
-  const int vecs = split.width_vecs(panel);
-  const int64_t width = vecs * V::W, words = words_of<T>(p.k);
-  const int64_t limit = p.a_reduction_major ? kReductionMajorChunkWords : kChunkWords;
-  const int64_t chunks = max_of<int64_t>(1, ceil_div(words, limit + limit / 4));
+  const int64_t words = words_of<T>(p.k), chunks = chunk_count(p);
+  PanelPlace at[kMaxGroup];
+  int vecs = 1;
+  for (int64_t g = 0; g < group; ++g) {
+    at[g] = PanelPlace::of(p, panel + g);
+    vecs = max_of(vecs, at[g].vecs);
+  }
+  const int64_t first_column = at[0].column;
+  const int64_t group_width = at[group - 1].column + at[group - 1].width - first_column;
   const auto tiles = RowTiles::of(rows, vecs);
-  const Epilogue<T> epilogue = p.epilogue.at_panel(column, valid).at_row(row0);
   // Reduction-major words are usable in place only if a word is one number: pairs lie on two
   // different rows.
   const bool a_in_place = kWordsInPlace<T> && (p.a_reduction_major ? kPair == 1 : p.k % kPair == 0);
+  // A few rows read a row-major B where it lies, if no panel ends within a vector.
+  const bool b_in_place = kWordsInPlace<T> && kPair == 1 && !p.packed_b && !p.b_transposed &&
+                          !p.a_reduction_major && rows <= kUnpackedRows &&
+                          at[group - 1].valid == at[group - 1].width;
 
   Acc<T>* partial = nullptr;
   if (chunks > 1)
-    partial =
-        static_cast<Acc<T>*>(scratch_bytes(Scratch::kAccumulator, rows * width * sizeof(Acc<T>)));
+    partial = static_cast<Acc<T>*>(
+        scratch_bytes(Scratch::kAccumulator, rows * group_width * sizeof(Acc<T>)));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t word0 = words * chunk / chunks, word1 = words * (chunk + 1) / chunks;
     const int64_t k0 = word0 * kPair, k1 = min_of(p.k, word1 * kPair);
-    const Word<T>* b;
-    if (p.packed_b) {
-      b = p.packed_b + column * words + word0 * width;
-    } else {
-      auto* packed = static_cast<Word<T>*>(
-          scratch_bytes(Scratch::kPanel, (word1 - word0) * width * sizeof(Word<T>)));
-      if (p.b_transposed)
-        pack_columns_as_panel(p.b + column * p.ldb + k0, p.ldb, k1 - k0, valid, width, packed);
-      else
-        pack_rows_as_panel(p.b + k0 * p.ldb + column, p.ldb, k1 - k0, valid, width, packed);
-      b = packed;
+    Word<T>* packed = nullptr;
+    if (!p.packed_b && !b_in_place) {
+      packed = static_cast<Word<T>*>(
+          scratch_bytes(Scratch::kPanel, (word1 - word0) * group_width * sizeof(Word<T>)));
+      for (int64_t g = 0; g < group; ++g)
+        pack_panel(p, at[g], k0, k1 - k0, packed + (at[g].column - first_column) * (word1 - word0));
     }
     // The rows of A as words: in place, or copied for this chunk.
     const Word<T>* a;
@@ -283,8 +345,6 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t row
       TileOperands<M> in;
       const Word<T>* row_pointers[kMaxTileRows];
       in.words = word1 - word0;
-      in.b = b;
-      if (chunk > 0) in.init = partial + row * width, in.ld_init = width;
       if (p.a_reduction_major) {
         in.a = a + row;
         in.lda = lda;
@@ -294,31 +354,102 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t row
                                                              (row + i) * row_bytes);
         in.rows = row_pointers;
       }
-      const StoreAccumulators<V> keep{partial + row * width, width};
-      if (p.a_reduction_major) {
-        if (last)
-          run_tile_with_epilogue<T, true>(tile_rows, vecs, in, epilogue.at_row(row));
-        else
-          run_tile<M, true>(tile_rows, vecs, in, keep);
-      } else {
-        if (last)
-          run_tile_with_epilogue<T, false>(tile_rows, vecs, in, epilogue.at_row(row));
-        else
-          run_tile<M, false>(tile_rows, vecs, in, keep);
+      for (int64_t g = 0; g < group; ++g) {
+        const PanelPlace& to = at[g];
+        if (p.packed_b) {
+          in.b = p.packed_b + to.column * words + word0 * to.width;
+        } else if (packed) {
+          in.b = packed + (to.column - first_column) * (word1 - word0);
+        } else {
+          in.b = reinterpret_cast<const Word<T>*>(p.b + k0 * p.ldb + to.first);
+          in.ldb = p.ldb;
+        }
+        Acc<T>* sums = partial + (to.column - first_column) * rows + row * to.width;
+        if (chunk > 0) in.init = sums, in.ld_init = to.width;
+        if (last) {
+          const Epilogue<T> epilogue = p.epilogue.at_panel(to.column, to.valid).at_row(row0 + row);
+          if (p.a_reduction_major)
+            run_tile_with_epilogue<T, true>(tile_rows, to.vecs, in, epilogue);
+          else
+            run_tile_with_epilogue<T, false>(tile_rows, to.vecs, in, epilogue);
+        } else {
+          const StoreAccumulators<V> keep{sums, to.width};
+          if (p.a_reduction_major)
+            run_tile<M, true>(tile_rows, to.vecs, in, keep);
+          else
+            run_tile<M, false>(tile_rows, to.vecs, in, keep);
+        }
       }
     }
   }
 }
 
-// How C is shared out: units of one panel and a block of rows, panel by panel, so that a thread
-// that owns whole panels packs each only once. Rows are blocked finer only where there are too few
-// panels to keep the threads equally busy.
+// z[i][j] = a[i] . b[j], MR rows of A with kColumns rows of a transposed B, all as they lie.
+template <class T, int MR, int kColumns>
+FMK_NOINLINE void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k, Acc<T>* z,
+                           int64_t ld_z) {
+  using V = Vec<T>;
+  V acc[MR][kColumns];
+  FMK_FOR (i, MR)
+    FMK_FOR (j, kColumns) acc[i][j] = zero<V>();
+  const auto step = [&](int64_t at, int lanes) FMK_LAMBDA {
+    const bool whole = lanes == V::W;
+    V x[MR];
+    FMK_FOR (i, MR) x[i] = whole ? load(a + i * lda + at) : load(a + i * lda + at, lanes);
+    FMK_FOR (j, kColumns) {
+      const V y = pin(whole ? load(b + j * ldb + at) : load(b + j * ldb + at, lanes));
+      FMK_FOR (i, MR) acc[i][j] = fma(x[i], y, acc[i][j]);
+    }
+  };
+  int64_t at = 0;
+  for (; at + V::W <= k; at += V::W) step(at, V::W);
+  if (at < k) step(at, static_cast<int>(k - at));
+  FMK_FOR (i, MR)
+    FMK_FOR (j, kColumns) z[i * ld_z + j] = reduce_add(acc[i][j]);
+}
+
+template <class T, int MR>
+FMK_INLINE void dot_columns(const GemmProblem<T>& p, const T* b, int64_t columns, Acc<T>* z,
+                            int64_t ld_z) {
+#if defined(__AVX512F__)
+  constexpr int kColumns = MR <= 2 ? 8 : 4;
+#else
+  constexpr int kColumns = MR <= 2 ? 4 : 2;
+#endif
+  int64_t j = 0;
+  for (; j + kColumns <= columns; j += kColumns)
+    dot_tile<T, MR, kColumns>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
+  for (; j < columns; ++j) dot_tile<T, MR, 1>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
+}
+
+// All rows of one panel of C, for at most kUnpackedRows rows and a transposed B.
+template <class T>
+FMK_NOINLINE void dot_block(const GemmProblem<T>& p, int64_t panel) {
+  const PanelPlace at = PanelPlace::of(p, panel);
+  alignas(64) Acc<T> z[kUnpackedRows * kPanelVecs * Vec<T>::W] = {};
+  const auto columns_of = [&](const T* matrix, Acc<T>* to) FMK_LAMBDA {
+    const T* b = matrix + at.first * p.ldb;
+    switch (p.m) {
+      case 1: return dot_columns<T, 1>(p, b, at.valid, to, at.width);
+      case 2: return dot_columns<T, 2>(p, b, at.valid, to, at.width);
+      case 3: return dot_columns<T, 3>(p, b, at.valid, to, at.width);
+      case 4: return dot_columns<T, 4>(p, b, at.valid, to, at.width);
+    }
+  };
+  if (p.paired) columns_of(p.b_first, z);
+  columns_of(p.b, z + (at.width - at.part));
+  p.epilogue.at_panel(at.column, at.valid).run_rows(z, at.width, p.m);
+}
+
+// How C is shared out: units of one panel and a block of rows, the panels of a block side by side,
+// so that a thread may group them. Every unit packs its panel; rows are blocked finer than
+// necessary only where there are too few panels to keep the threads equally busy.
 struct GemmUnits {
   int64_t panels, row_blocks, rows;
   template <class T>
   FMK_INLINE GemmUnits of(const GemmProblem<T>& p, int64_t threads) {
     constexpr int64_t kMaxRows = 1024;  // bounds the scratch of a unit
-    const int64_t panels = PanelSplit<Vec<T>>::of(p.n).count;
+    const int64_t panels = p.split().count;
     int64_t blocks = ceil_div(p.m, kMaxRows);
     if (threads > 1 && panels % threads != 0 && panels < 8 * threads)
       blocks = max_of(
@@ -329,21 +460,41 @@ struct GemmUnits {
   int64_t first_row(int64_t block) const { return rows * block / row_blocks; }
 };
 
+// How many neighbouring panels a thread computes together.
+template <class T>
+FMK_INLINE int64_t group_size(const GemmProblem<T>& p, int64_t rows) {
+  const int64_t chunks = chunk_count(p), words = ceil_div(words_of<T>(p.k), chunks);
+  constexpr int64_t kWidth = kPanelVecs * Vec<T>::W;
+  if (rows * words * static_cast<int64_t>(sizeof(Word<T>)) <= kSmallOperandBytes) return 1;
+  int64_t group = kGroupBytes / max_of<int64_t>(1, words * kWidth * sizeof(Word<T>));
+  if (chunks > 1) group = min_of<int64_t>(group, kGroupBytes / (rows * kWidth * sizeof(Acc<T>)));
+  return max_of<int64_t>(1, min_of(group, kMaxGroup));
+}
+
 template <class T>
 FMK_INLINE void gemm(const GemmProblem<T>& p, const Parallel& pool) {
   if (p.m == 0 || p.n == 0) return;
   const bool serial =
       2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) <
-      kSerialFlops;
+          kSerialFlops &&
+      p.n * p.k * static_cast<int64_t>(sizeof(T)) < kSerialBytes;
   const int64_t threads = serial ? 1 : pool.threads;
+  if (p.m <= kUnpackedRows && p.b_transposed && !p.packed_b && !p.a_reduction_major) {
+    const int64_t panels = p.split().count, shards = min_of(threads, panels);
+    return parallel_for(pool, shards, [&](int64_t shard) {
+      const int64_t end = panels * (shard + 1) / shards;
+      for (int64_t panel = panels * shard / shards; panel < end; ++panel) dot_block(p, panel);
+    });
+  }
   const GemmUnits units = GemmUnits::of(p, threads);
   const int64_t shards = min_of(threads, units.count());
   parallel_for(pool, shards, [&](int64_t shard) {
     const int64_t end = units.count() * (shard + 1) / shards;
-    for (int64_t unit = units.count() * shard / shards; unit < end; ++unit) {
-      const int64_t panel = unit / units.row_blocks, block = unit % units.row_blocks;
-      const int64_t row0 = units.first_row(block);
-      gemm_block(p, panel, row0, units.first_row(block + 1) - row0);
+    for (int64_t unit = units.count() * shard / shards, group; unit < end; unit += group) {
+      const int64_t block = unit / units.panels, panel = unit % units.panels;
+      const int64_t row0 = units.first_row(block), rows = units.first_row(block + 1) - row0;
+      group = min_of(group_size(p, rows), min_of(end - unit, units.panels - panel));
+      gemm_block(p, panel, group, row0, rows);
     }
   });
 }

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "cpu/gemm.h"
+#include "cpu/linear_products.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
@@ -10,32 +10,16 @@ namespace {
 
 template <class T>
 void forward_typed(const LinearForward& p, const Parallel& pool) {
-  using V = Vec<T>;
-  GemmProblem<T> gemm_problem;
-  gemm_problem.m = p.rows;
-  gemm_problem.n = p.out_features;
-  gemm_problem.k = p.in_features;
-  gemm_problem.a = static_cast<const T*>(p.input);
-  gemm_problem.lda = p.in_features;
-  gemm_problem.packed_b = static_cast<const Word<T>*>(p.packed_weight);
-  gemm_problem.b = static_cast<const T*>(p.weight);
-  gemm_problem.ldb = p.in_features;
-  gemm_problem.b_transposed = true;
-
-  Epilogue<T>& epilogue = gemm_problem.epilogue;
-  epilogue.out = static_cast<T*>(p.output);
-  epilogue.ld_out = p.out_features;
-  if (p.bias) {
-    const int64_t padded = PanelSplit<V>::of(p.out_features).padded_columns();
-    auto* shift = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall, padded * sizeof(Acc<T>)));
-    widen_padded(static_cast<const T*>(p.bias), p.out_features, padded, Acc<T>(0), shift);
-    epilogue.shift = shift;
-  }
+  GemmProblem<T> product = weight_product<T>(p.input, p.rows, p.in_features, p.weight,
+                                             p.out_features, p.packed_weight, p.weight_transposed);
+  writes_to(product, p.output);
+  Epilogue<T>& epilogue = product.epilogue;
+  epilogue.shift = bias_shift<T>(p.bias, p.out_features, Scratch::kCall);
   epilogue.residual = static_cast<const T*>(p.residual);
   epilogue.ld_residual = p.out_features;
   epilogue.preactivation = static_cast<T*>(p.preactivation);
   epilogue.activation = p.activation;
-  gemm(gemm_problem, pool);
+  multiply(product, pool);
 }
 
 template <class T>
@@ -47,32 +31,18 @@ void backward_typed(const LinearBackward& p, const Parallel& pool) {
                         p.rows * p.out_features, out, pool);
     grad_z = out;
   }
-  if (p.grad_input) {  // [rows][out] x [out][in]
-    GemmProblem<T> g;
-    g.m = p.rows;
-    g.n = p.in_features;
-    g.k = p.out_features;
-    g.a = grad_z;
-    g.lda = p.out_features;
-    g.b = static_cast<const T*>(p.weight);
-    g.ldb = p.in_features;
-    g.epilogue.out = static_cast<T*>(p.grad_input);
-    g.epilogue.ld_out = p.in_features;
-    gemm(g, pool);
+  if (p.grad_input) {
+    auto product = input_gradient<T>(grad_z, p.rows, p.out_features, p.weight, p.in_features,
+                                     p.weight_transposed);
+    writes_to(product, p.grad_input);
+    multiply(product, pool);
   }
-  if (p.grad_weight) {  // [rows][out]^T x [rows][in]
-    GemmProblem<T> g;
-    g.m = p.out_features;
-    g.n = p.in_features;
-    g.k = p.rows;
-    g.a = grad_z;
-    g.lda = p.out_features;
-    g.a_reduction_major = true;
-    g.b = static_cast<const T*>(p.input);
-    g.ldb = p.in_features;
-    g.epilogue.out = static_cast<T*>(p.grad_weight);
-    g.epilogue.ld_out = p.in_features;
-    gemm(g, pool);
+  if (p.grad_weight) {
+    auto product = p.weight_transposed
+                       ? weight_gradient<T>(p.input, p.rows, p.in_features, grad_z, p.out_features)
+                       : weight_gradient<T>(grad_z, p.rows, p.out_features, p.input, p.in_features);
+    writes_to(product, p.grad_weight);
+    multiply(product, pool);
   }
   if (p.grad_bias)
     column_sums(grad_z, p.out_features, p.rows, p.out_features, static_cast<T*>(p.grad_bias), pool);
@@ -98,21 +68,27 @@ size_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
 }
 
 template <class T>
-void pack_typed(const T* weight, int64_t n, int64_t k, Word<T>* packed, const Parallel& pool) {
+void pack_typed(const T* weight, bool transposed, int64_t n, int64_t k, Word<T>* packed,
+                const Parallel& pool) {
   using V = Vec<T>;
   const auto split = PanelSplit<V>::of(n);
   parallel_for(pool, split.count, [&](int64_t panel) {
     const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
-    pack_columns_as_panel(weight + column * k, k, k, min_of(width, n - column), width,
-                          packed + column * words_of<T>(k));
+    const int64_t valid = min_of(width, n - column);
+    Word<T>* to = packed + column * words_of<T>(k);
+    if (transposed)
+      pack_rows_as_panel(weight + column, n, k, valid, width, to);
+    else
+      pack_columns_as_panel(weight + column * k, k, k, valid, width, to);
   });
 }
 
-void pack_weight(DType dtype, const void* weight, int64_t n, int64_t k, void* packed,
-                 const Parallel& pool) {
+void pack_weight(DType dtype, const void* weight, bool transposed, int64_t n, int64_t k,
+                 void* packed, const Parallel& pool) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pack_typed(static_cast<const T*>(weight), n, k, static_cast<Word<T>*>(packed), pool);
+    pack_typed(static_cast<const T*>(weight), transposed, n, k, static_cast<Word<T>*>(packed),
+               pool);
   });
 }
 

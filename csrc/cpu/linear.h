@@ -1,7 +1,8 @@
 // Fully connected layer: out = activation(x w^T + bias + residual), and its gradients.
 //
 // Buffers are row-major and contiguous, of one storage type; null where not wanted. The caller
-// allocates everything.
+// allocates everything. Where weight_transposed, weight and grad_weight are [in_features]
+// [out_features].
 #pragma once
 
 #include <cstddef>
@@ -16,6 +17,7 @@ namespace fmk {
 struct LinearForward {
   DType dtype;
   int64_t rows, in_features, out_features;
+  bool weight_transposed;
   const void* input;          // [rows][in_features]
   const void* weight;         // [out_features][in_features]
   const void* packed_weight;  // from pack_weight, or null: packed on the fly by the threads
@@ -29,6 +31,7 @@ struct LinearForward {
 struct LinearBackward {
   DType dtype;
   int64_t rows, in_features, out_features;
+  bool weight_transposed;
   const void* grad_output;  // [rows][out_features]
   const void* input;        // [rows][in_features], read for grad_weight
   const void* weight;       // [out_features][in_features], read for grad_input
@@ -48,8 +51,8 @@ struct LinearKernels {
   void (*backward)(const LinearBackward&, const Parallel&);
   // Bytes of the packed weight, and the packing itself: [panel][words][width], see pack.h.
   size_t (*packed_bytes)(DType, int64_t out_features, int64_t in_features);
-  void (*pack_weight)(DType, const void* weight, int64_t out_features, int64_t in_features,
-                      void* packed, const Parallel&);
+  void (*pack_weight)(DType, const void* weight, bool transposed, int64_t out_features,
+                      int64_t in_features, void* packed, const Parallel&);
 };
 
 FMK_KERNEL_TABLE(LinearKernels, linear_kernels)

@@ -92,15 +92,21 @@ constexpr int kTileRows[5] = {0, 8, 6, 4, 2};
 #endif
 
 // Cuts n columns into `count` panels of at most kPanelVecs vectors, their widths as equal as
-// possible.
+// possible. Paired: two matrices of n columns side by side, each panel holding as many vectors of
+// the one as, after them, of the other.
 template <class V>
 struct PanelSplit {
   int64_t vecs, count;
+  int64_t unit = 1;  // vectors that a panel may not part
   FMK_INLINE PanelSplit of(int64_t n) {
     const int64_t vecs = ceil_div(n, V::W);
     return {vecs, ceil_div(vecs, kPanelVecs)};
   }
-  int64_t first_vec(int64_t panel) const { return vecs * panel / count; }
+  FMK_INLINE PanelSplit paired(int64_t n) {
+    const int64_t vecs = 2 * ceil_div(n, V::W);
+    return {vecs, ceil_div(vecs, kPanelVecs), 2};
+  }
+  int64_t first_vec(int64_t panel) const { return vecs / unit * panel / count * unit; }
   int64_t column(int64_t panel) const { return first_vec(panel) * V::W; }
   int width_vecs(int64_t panel) const {
     return static_cast<int>(first_vec(panel + 1) - first_vec(panel));

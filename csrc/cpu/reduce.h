@@ -30,8 +30,8 @@ FMK_INLINE void widen_padded(const T* from, int64_t n, int64_t padded, Acc<T> fi
 
 // sums[column] = sum over rows of x[row][column], added in the compute type, rows in order: columns
 // are what is shared out, so the result does not depend on the number of threads.
-template <class T>
-FMK_NOINLINE void column_sums(const T* x, int64_t ld, int64_t rows, int64_t columns, T* sums,
+template <class T, class Out>
+FMK_NOINLINE void column_sums(const T* x, int64_t ld, int64_t rows, int64_t columns, Out* sums,
                               const Parallel& pool) {
   using V = Vec<T>;
   constexpr int64_t kBlock = 4 * V::W;

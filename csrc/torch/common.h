@@ -130,7 +130,7 @@ inline Parallel torch_pool() {
 
 // --- packed weights: a 64-byte header, then panels as the active ISA's kernels read them ---
 
-enum class PackedKind : int32_t { kLinear = 1, kConv2d = 2, kLstm = 3 };
+enum class PackedKind : int32_t { kLinear = 1, kConv2d = 2, kLstm = 3, kGated = 4 };
 
 struct PackedHeader {
   char magic[8];

@@ -10,7 +10,18 @@ namespace {
 struct Shapes {
   int64_t rows, in_features, out_features;
   std::vector<int64_t> output;
+  bool weight_transposed;
 };
+
+// Whether the weight is the transpose of a contiguous matrix; refuses any other strides but its own
+// contiguous ones.
+bool is_transposed(const Tensor& weight) {
+  FMK_CHECK(weight.dim() == 2, "weight: expected two dimensions, got ", weight.dim());
+  if (weight.is_contiguous()) return false;
+  FMK_CHECK(weight.stride(0) == 1 && weight.stride(1) == weight.size(0),
+            "weight: expected a contiguous matrix or the transpose of one");
+  return true;
+}
 
 Shapes check_operands(const Tensor& input, const Tensor& weight) {
   dtype_of(input, "input");
@@ -18,11 +29,10 @@ Shapes check_operands(const Tensor& input, const Tensor& weight) {
   check_contiguous(input, "input");
   FMK_CHECK(input.dim() >= 1, "input: expected at least one dimension");
   check_like(weight, "weight", input, "input");
-  check_contiguous(weight, "weight");
-  FMK_CHECK(weight.dim() == 2, "weight: expected two dimensions, got ", weight.dim());
+  const bool transposed = is_transposed(weight);
   FMK_CHECK(weight.size(1) == input.size(input.dim() - 1), "weight: expected ",
             input.size(input.dim() - 1), " input features as in input, got ", weight.size(1));
-  Shapes shapes{1, weight.size(1), weight.size(0), shape_of(input)};
+  Shapes shapes{1, weight.size(1), weight.size(0), shape_of(input), transposed};
   for (size_t i = 0; i + 1 < shapes.output.size(); ++i) shapes.rows *= shapes.output[i];
   shapes.output.back() = shapes.out_features;
   return shapes;
@@ -49,6 +59,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& wei
   p.rows = shapes.rows;
   p.in_features = shapes.in_features;
   p.out_features = shapes.out_features;
+  p.weight_transposed = shapes.weight_transposed;
   p.input = data_of(input);
   p.weight = data_of(weight);
   p.packed_weight =
@@ -86,18 +97,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   p.rows = shapes.rows;
   p.in_features = shapes.in_features;
   p.out_features = shapes.out_features;
+  p.weight_transposed = shapes.weight_transposed;
   p.grad_output = data_of(grad_output);
   p.input = data_of(input);
   p.weight = data_of(weight);
   Tensor grad_preactivation = allocate_if(activated, input, shapes.output);
   Tensor grad_input = allocate_if(need_input, input, shape_of(input));
-  Tensor grad_weight = allocate_if(need_weight, input, shape_of(weight));
+  std::vector<int64_t> weight_shape = shape_of(weight);
+  if (shapes.weight_transposed) std::swap(weight_shape[0], weight_shape[1]);
+  Tensor grad_weight = allocate_if(need_weight, input, weight_shape);
   Tensor grad_bias = allocate_if(need_bias, input, {shapes.out_features});
   p.grad_preactivation = mutable_data_if(activated, grad_preactivation);
   p.grad_input = mutable_data_if(need_input, grad_input);
   p.grad_weight = mutable_data_if(need_weight, grad_weight);
   p.grad_bias = mutable_data_if(need_bias, grad_bias);
   linear_kernels().backward(p, torch_pool());
+  // The gradient has the strides of the weight.
+  if (need_weight && shapes.weight_transposed)
+    grad_weight = torch::stable::transpose(grad_weight, 0, 1);
   // An operator may not return an argument: without an activation the residual's gradient is a copy
   // of grad_output.
   Tensor grad_residual = nothing(input);
@@ -109,16 +126,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
 Tensor linear_pack_weight(const Tensor& weight) {
   const DType dtype = dtype_of(weight, "weight");
   check_cpu(weight, "weight");
-  check_contiguous(weight, "weight");
-  FMK_CHECK(weight.dim() == 2, "weight: expected two dimensions, got ", weight.dim());
-  const Shapes shapes{0, weight.size(1), weight.size(0), {}};
+  const bool transposed = is_transposed(weight);
+  const Shapes shapes{0, weight.size(1), weight.size(0), {}, transposed};
   const LinearKernels& kernels = linear_kernels();
   void* panels;
   Tensor packed =
       new_packed(weight, header_of(dtype, shapes),
                  kernels.packed_bytes(dtype, shapes.out_features, shapes.in_features), &panels);
-  kernels.pack_weight(dtype, data_of(weight), shapes.out_features, shapes.in_features, panels,
-                      torch_pool());
+  kernels.pack_weight(dtype, data_of(weight), transposed, shapes.out_features, shapes.in_features,
+                      panels, torch_pool());
   return packed;
 }
 

@@ -141,7 +141,7 @@ def _norm(
     dropout_p: float,
     return_sum: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     check.tensor("input", input)
     shape = _normalized_shape(input, normalized_shape)
     if residual is not None:

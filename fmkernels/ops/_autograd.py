@@ -20,6 +20,12 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(tensor: Tensor | None, other: Tensor) -> Tensor | None:
+    """``tensor``, as a view if it is ``other``: torch.compile traces no Function that is given one
+    tensor twice."""
+    return tensor.view_as(tensor) if tensor is other else tensor
+
+
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating-point tensors in autocast's dtype where autocast is on, as torch casts for matmuls.
 

@@ -2,7 +2,7 @@
 
 Element ``(row, column)`` of a matrix is dropped when word ``column % 4`` of Philox 4x32-10 (Salmon
 et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is below ``p * 2**32``; the counter
-is ``(column // 4, row % 2**32, row // 2**32, 0)`` and the key the two halves of the seed. Forward,
+is ``(row % 2**32, row // 2**32, column // 4, 0)`` and the key the two halves of the seed. Forward,
 backward and every backend thus agree on the mask, bit by bit.
 """
 
@@ -34,8 +34,8 @@ def factors(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype)
     device = seed.device
     counter = torch.arange((columns + 3) // 4, device=device)
     row = torch.arange(rows, device=device).unsqueeze(1)
-    c0, c1 = (counter & _LOW).expand(rows, -1), (row & _LOW).expand(-1, counter.numel())
-    c2, c3 = (row >> 32).expand_as(c1), torch.zeros_like(c1)
+    c0, c1 = ((half & _LOW).expand(-1, counter.numel()) for half in (row, row >> 32))
+    c2, c3 = (counter & _LOW).expand(rows, -1), torch.zeros_like(c0)
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
         # int64 products wrap; their 64 bits are those of the unsigned product.

@@ -47,9 +47,9 @@ def drop(x, seed_ptr, row, column, THRESHOLD: tl.constexpr, FACTOR: tl.constexpr
     low = row & 0xFFFFFFFF
     first, second, third, fourth = tl.philox(
         tl.load(seed_ptr),
-        counter.to(tl.uint32),
         low.to(tl.uint32),
         (row >> 32).to(tl.uint32),
+        counter.to(tl.uint32),
         tl.zeros_like(row).to(tl.uint32),
     )
     lane = column % 4

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops import _dropout
-from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
 from fmkernels.ops.feed_forward.backends import FEED_FORWARD
 
 
@@ -92,7 +92,7 @@ def feed_forward(
     """The block on checked arguments; see schema.py.
 
     Args:
-        packed_weights: what :func:`pack_feed_forward_weights` made of the weights, or Nones;
+        packed_weights: what :func:`pack_feed_forward_weight` made of the weights, or Nones;
             ignored where autocast casts the weights.
         dropout_p: the caller passes 0 in evaluation.
         backend: as in :func:`fmkernels._dispatch.select`.
@@ -106,22 +106,23 @@ def feed_forward(
         packed_weights = (None, None)
     tensors = tuple(None if t is None else t.contiguous() for t in tensors)
     seed = _dropout.new_seed(input.device) if dropout_p > 0.0 else None
+    tensors = (*tensors[:-1], distinct(tensors[-1], tensors[0]))
     arguments = (*tensors, *packed_weights, activation, dropout_p, seed)
     if needs_graph(*tensors):
         return _FeedForward.apply(*arguments, name)
     return FEED_FORWARD[name].forward(*arguments, False)[0]
 
 
-def pack_feed_forward_weights(
-    weight1: Tensor, gate_weight: Tensor | None, weight2: Tensor, backend: str | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The weights as the chosen backend wants them; Nones if that backend packs nothing."""
-    _, implementation = select("feed_forward", FEED_FORWARD, backend, weight1)
+def pack_feed_forward_weight(
+    weight: Tensor, gate_weight: Tensor | None, backend: str | None
+) -> Tensor | None:
+    """``weight``, and side by side with it ``gate_weight``, as the chosen backend wants them.
+
+    None if that backend packs nothing.
+    """
+    _, implementation = select("feed_forward", FEED_FORWARD, backend, weight)
     if implementation.pack is None:
-        return None, None
+        return None
     with torch.no_grad():
-        gate = None if gate_weight is None else gate_weight.contiguous()
-        return (
-            implementation.pack(weight1.contiguous(), gate),
-            implementation.pack(weight2.contiguous(), None),
-        )
+        gate_weight = None if gate_weight is None else gate_weight.contiguous()
+        return implementation.pack(weight.contiguous(), gate_weight)

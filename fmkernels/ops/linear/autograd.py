@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
-from fmkernels.ops._autograd import cast_for_autocast, needs_graph
-from fmkernels.ops.linear.backends import LINEAR
+from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
+from fmkernels.ops.linear.backends import LINEAR, READ_TRANSPOSED_WEIGHTS
 
 
 class _Linear(torch.autograd.Function):
@@ -60,6 +60,13 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _as_read_by(backend: str, weight: Tensor) -> Tensor:
+    """``weight`` as the backend takes it, copied only if it must be."""
+    if backend in READ_TRANSPOSED_WEIGHTS and weight.t().is_contiguous():
+        return weight
+    return weight.contiguous()
+
+
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -82,9 +89,9 @@ def linear(
         packed_weight = None
     name, implementation = select("linear", LINEAR, backend, input, weight, activation)
     input = input.contiguous()
-    weight = weight.contiguous()
+    weight = _as_read_by(name, weight)
     bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    residual = None if residual is None else distinct(residual.contiguous(), input)
     if needs_graph(input, weight, bias, residual):
         return _Linear.apply(input, weight, bias, residual, packed_weight, activation, name)
     output, _ = implementation.forward(
@@ -95,8 +102,8 @@ def linear(
 
 def pack_linear_weight(weight: Tensor, backend: str | None) -> Tensor | None:
     """The weight as the chosen backend wants it, or None if that backend packs nothing."""
-    _, implementation = select("linear", LINEAR, backend, weight, weight, None)
+    name, implementation = select("linear", LINEAR, backend, weight, weight, None)
     if implementation.pack is None:
         return None
     with torch.no_grad():
-        return implementation.pack(weight.contiguous())
+        return implementation.pack(_as_read_by(name, weight))

@@ -25,6 +25,10 @@ def _reference_supports(input: Tensor, weight: Tensor, activation: str | None) -
     return SUPPORTED
 
 
+# These read a weight that is the transpose of a contiguous matrix where it lies; the others are
+# given a copy.
+READ_TRANSPOSED_WEIGHTS = ("cpu", "reference")
+
 LINEAR = {
     "cpu": Backend(
         supports=_cpu_supports,

@@ -50,9 +50,15 @@ def linear_backward(
     grad_pre = grad.to(dtype)
     absent = input.new_empty((0,))
     rows = grad_pre.reshape(-1, weight.shape[0])
+    grad_weight = absent
+    if need_weight:
+        inputs = input.reshape(-1, weight.shape[1])
+        # With the strides of the weight.
+        transposed = not weight.is_contiguous()
+        grad_weight = inputs.t().matmul(rows).t() if transposed else rows.t().matmul(inputs)
     return (
         grad_pre.matmul(weight) if need_input else absent,
-        rows.t().matmul(input.reshape(-1, weight.shape[1])) if need_weight else absent,
+        grad_weight,
         grad.reshape(rows.shape).sum(0).to(dtype) if need_bias else absent,
         grad_pre if need_residual else absent,
     )

@@ -1,12 +1,13 @@
 """Schemas and fake kernels of the linear ops.
 
 linear_forward: ``output = activation(input @ weight.T + bias + residual)``.
-``input`` is (..., K) contiguous, ``weight`` (N, K), ``bias`` (N), ``residual`` and ``output``
-(..., N), all of one dtype. ``saved`` is what the backward needs besides the output: the
-pre-activation where the activation is not relu, and only if ``save_for_backward``; otherwise an
-empty tensor.
+``input`` is (..., K) contiguous, ``weight`` (N, K), contiguous or the transpose of a contiguous
+(K, N), ``bias`` (N), ``residual`` and ``output`` (..., N), all of one dtype. ``saved`` is what the
+backward needs besides the output: the pre-activation where the activation is not relu, and only if
+``save_for_backward``; otherwise an empty tensor.
 
-linear_backward returns an empty tensor of shape (0,) for every gradient that is not asked for.
+linear_backward returns an empty tensor of shape (0,) for every gradient that is not asked for;
+that of the weight has the weight's strides.
 
 linear_pack_weight rearranges ``weight`` for the kernels; the result is opaque.
 """
@@ -63,7 +64,7 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         input.new_empty(input.shape if need_input else (0,)),
-        input.new_empty(weight.shape if need_weight else (0,)),
+        torch.empty_like(weight) if need_weight else input.new_empty((0,)),
         input.new_empty((weight.shape[0],) if need_bias else (0,)),
         input.new_empty(grad_output.shape if need_residual else (0,)),
     )

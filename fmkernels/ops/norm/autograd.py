@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops import _dropout
-from fmkernels.ops._autograd import needs_graph
+from fmkernels.ops._autograd import distinct, needs_graph
 from fmkernels.ops.norm.backends import NORM
 
 
@@ -26,13 +26,11 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(normalised, weight, mean, rstd, seed)
         ctx.set_materialize_grads(False)
         ctx.rms, ctx.dropout_p, ctx.backend = rms, dropout_p, backend
-        if residual is None:
-            ctx.mark_non_differentiable(total)
-        return output, total
+        return output if residual is None else (output, total)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, grad_sum):
+    def backward(ctx, grad_output, grad_sum=None):
         if grad_output is None and grad_sum is None:
             return (None,) * 9
         normalised, weight, mean, rstd, seed = ctx.saved_tensors
@@ -77,7 +75,7 @@ def norm(
     dropout_p: float,
     return_sum: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``normalise(dropout(input) + residual) * weight + bias`` over the last dimension.
 
     Checked arguments of one dtype, weight and bias one-dimensional; see schema.py.
@@ -92,7 +90,9 @@ def norm(
     bias = None if bias is None else bias.contiguous()
     seed = _dropout.new_seed(input.device) if dropout_p > 0.0 else None
     if needs_graph(input, residual, weight, bias):
-        return _Norm.apply(input, residual, weight, bias, rms, eps, dropout_p, seed, name)
+        operands = (input, distinct(residual, input), weight, bias)
+        result = _Norm.apply(*operands, rms, eps, dropout_p, seed, name)
+        return (result, None) if residual is None else result
     output, total, _, _ = implementation.forward(
         input, residual, weight, bias, rms, eps, dropout_p, seed, False, return_sum
     )
