@@ -135,16 +135,34 @@ def test_causal_hint(kind):
 
 @kinds
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_dropout_draws_the_masks_that_torch_draws(kind, norm_first):
+def test_dropout_does_not_depend_on_the_backend(kind, norm_first):
+    """Masks come from seeds, so the native kernels drop what the reference drops."""
     theirs, ours = make_layers(kind, {"norm_first": norm_first}, dropout=0.3)
+    reference = CLASSES[kind][1].from_torch(theirs, backend="reference")
     inputs = make_inputs(kind, theirs)
     results = []
-    for layer in (ours, theirs):
+    for layer in (ours, reference):
         torch.manual_seed(2)
         results.append(gradients(layer, inputs))
     torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(ours(*inputs), ours(*inputs))
     theirs.eval(), ours.eval()
     torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs))
+
+
+@kinds
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_dropout_has_torchs_expectation(kind, norm_first):
+    """The mean over many masks, against torch's: each half of the layer drops and rescales."""
+    theirs, ours = make_layers(kind, {"norm_first": norm_first}, dropout=0.2)
+    inputs = make_inputs(kind, theirs)
+    with torch.no_grad():
+        means = [
+            torch.stack([layer(*inputs) for _ in range(400)]).mean(0) for layer in (ours, theirs)
+        ]
+    # 400 draws of values of about 1: standard errors of about 0.05, and their largest of many.
+    assert (means[0] - means[1]).abs().max() < 0.3
+    assert (means[0] - means[1]).abs().mean() < 0.06
 
 
 @kinds
@@ -242,21 +260,33 @@ def test_other_modules_in_the_place_of_linears(kind):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_activation_and_sums_are_fused(training, monkeypatch):
+def test_activation_sums_and_dropout_are_fused(training, monkeypatch):
     calls = []
 
-    def spy(input, weight, bias, **options):
-        calls.append((options.get("activation"), options.get("residual") is not None))
-        return linear(input, weight, bias, **options)
+    def spy_on(name):
+        function = getattr(_fuse, name)
 
-    linear = _fuse.linear
-    monkeypatch.setattr(_fuse, "linear", spy)
+        def spy(*tensors, **options):
+            kept = {o: options[o] for o in ("activation", "dropout_p") if options.get(o)}
+            calls.append((name, options.get("residual") is not None, kept))
+            return function(*tensors, **options)
+
+        monkeypatch.setattr(_fuse, name, spy)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("dropout ran on its own")
+
+    spy_on("linear")
+    spy_on("feed_forward")
+    monkeypatch.setattr(nn.Dropout, "forward", forbidden)
     _, ours = make_layers("encoder", {"batch_first": True}, dropout=0.1)
     ours.train(training)(*make_inputs("encoder", ours))
-    if training:
-        assert calls == [(None, False), ("relu", False)]
-    else:
-        assert calls == [(None, True), ("relu", False), (None, True)]
+    added_by_product = not training
+    dropped = {"dropout_p": 0.1} if training else {}
+    assert calls == [
+        ("linear", added_by_product, {}),
+        ("feed_forward", added_by_product, {"activation": "relu", **dropped}),
+    ]
 
 
 @backends
@@ -341,6 +371,45 @@ def test_frozen_layer_matches(kind):
 
 
 @backends
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_feed_forward(backend, activation, frozen):
+    layer = fnn.FeedForward(
+        WIDTH, HIDDEN, activation, 0.2, dtype=torch.float64, gated=True, backend=backend
+    ).eval()
+    assert list(layer.state_dict()) == [
+        f"{part}.{kind}" for part in ("linear1", "gate", "linear2") for kind in ("weight", "bias")
+    ]
+    input, residual = (testing.normal(3, 5, WIDTH, dtype=torch.float64) for _ in range(2))
+    if frozen:
+        for module in layer.modules():
+            if hasattr(module, "_pack"):
+                module._pack()
+    hidden = getattr(F, activation)(F.linear(input, layer.gate.weight, layer.gate.bias))
+    hidden = hidden * F.linear(input, layer.linear1.weight, layer.linear1.bias)
+    wanted = F.linear(hidden, layer.linear2.weight, layer.linear2.bias) + residual
+    torch.testing.assert_close(layer(input, residual=residual), wanted)
+    layer.train()
+    assert not torch.equal(layer(input), layer(input))
+
+
+@native
+def test_frozen_gate_notices_an_update():
+    layer = fnn.FeedForward(8, 6, "silu", gated=True)
+    input = torch.randn(3, 8)
+    for module in layer.modules():
+        if hasattr(module, "_pack"):
+            module._pack()
+    with torch.no_grad():
+        layer.gate.weight.mul_(2)
+        after = layer(input)
+        for module in layer.modules():
+            if hasattr(module, "_pack"):
+                module._unpack()
+        torch.testing.assert_close(after, layer(input))
+
+
+@backends
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_feed_forward(backend, activation):
     layer = fnn.FeedForward(WIDTH, HIDDEN, activation, dtype=torch.float64, backend=backend)
@@ -365,12 +434,12 @@ def test_feed_forward_from_torch(dropout):
     theirs = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), *middle, nn.Linear(HIDDEN, WIDTH))
     ours = fnn.FeedForward.from_torch(theirs)
     assert ours.linear1.weight is theirs[0].weight and ours.linear2.bias is theirs[-1].bias
+    assert ours.training and ours.dropout.p == (dropout or 0.0)
     input = testing.normal(4, WIDTH)
-    results = []
-    for layer in (ours, theirs):
-        torch.manual_seed(2)
-        results.append(gradients(layer, [input]))
-    torch.testing.assert_close(results[0], results[1])
+    if dropout is not None:  # masks come from another generator than torch's
+        assert not torch.equal(ours(input), ours(input))
+        ours.eval(), theirs.eval()
+    torch.testing.assert_close(gradients(ours, [input]), gradients(theirs, [input]))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,12 @@ from fmkernels.nn.conv import (
     ConvTranspose3d,
 )
 from fmkernels.nn.conv_block import ConvBlock1d, ConvBlock2d
+from fmkernels.nn.feed_forward import FeedForward
 from fmkernels.nn.linear import Linear
+from fmkernels.nn.norm import LayerNorm, RMSNorm
 from fmkernels.nn.rnn import GRU, LSTM, RNN
 from fmkernels.nn.rnn_cells import GRUCell, LSTMCell, RNNCell
-from fmkernels.nn.transformer import (
-    FeedForward,
-    TransformerDecoderLayer,
-    TransformerEncoderLayer,
-)
+from fmkernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GRU",
@@ -34,8 +32,10 @@ __all__ = [
     "FeedForward",
     "GRUCell",
     "LSTMCell",
+    "LayerNorm",
     "Linear",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

@@ -32,6 +32,9 @@ class Linear(Freezable, nn.Linear):
         ValueError: unknown activation or backend.
     """
 
+    # False for a part of a layer that packs its weight together with another one.
+    _packs_alone = True
+
     def __init__(
         self,
         in_features: int,
@@ -80,6 +83,8 @@ class Linear(Freezable, nn.Linear):
         return (self.weight,)
 
     def _compute_packing(self) -> tuple[Tensor | None]:
+        if not self._packs_alone:
+            return (None,)
         return (pack_linear_weight(self.weight, self.backend),)
 
     def extra_repr(self) -> str:

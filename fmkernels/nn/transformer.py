@@ -7,66 +7,72 @@ and evaluation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
-from fmkernels import _checks as check
 from fmkernels.nn._frozen import adopt
 from fmkernels.nn._fuse import (
     ActivationFunction,
-    activation_name,
-    fused_linear,
+    fused_feed_forward,
+    fused_sum_norm,
     is_hooked,
     is_inactive,
     shared_linear,
+    shared_norm,
 )
 from fmkernels.nn.attention import MultiheadAttention, forward_nested
-from fmkernels.nn.linear import Linear
-from fmkernels.ops import _activations
+
+# A sublayer: called with the residual that it is to add itself, or None.
+Sublayer = Callable[[Tensor | None], Tensor]
 
 
-def _feed_forward(
-    input: Tensor,
-    linear1: nn.Module,
-    activation: ActivationFunction,
-    dropout: nn.Module,
-    linear2: nn.Module,
-    last_dropout: nn.Module,
-    residual: Tensor | None,
-) -> Tensor:
-    """``residual + last_dropout(linear2(dropout(activation(linear1(input)))))``."""
-    hidden = fused_linear(linear1, input, activation=activation)
-    if not is_inactive(dropout):
-        hidden = dropout(hidden)
-    if is_inactive(last_dropout):
-        return fused_linear(linear2, hidden, residual=residual)
-    output = last_dropout(linear2(hidden))
-    return output if residual is None else residual + output
+def _residual(sublayer: Sublayer, residual: Tensor, dropout: nn.Module) -> Tensor:
+    """``residual + dropout(sublayer)``."""
+    if is_inactive(dropout):
+        return sublayer(residual)
+    return residual + dropout(sublayer(None))
 
 
-def _attend(
+def _residual_norm(
+    sublayer: Sublayer, residual: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """``norm(s)`` and ``s = residual + dropout(sublayer)``.
+
+    Without dropout the sublayer's last product adds the residual; with it the norm does.
+    """
+    if is_inactive(dropout):
+        total = sublayer(residual)
+        return norm(total), total
+    return fused_sum_norm(sublayer(None), residual, dropout, norm)
+
+
+def _attention(
     attention: nn.Module,
-    dropout: nn.Module,
     query: Tensor,
     memory: Tensor,
-    residual: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
-) -> Tensor:
-    """``residual + dropout(attention(query, memory, memory))``."""
-    options = {
-        "attn_mask": attn_mask,
-        "key_padding_mask": key_padding_mask,
-        "need_weights": False,
-        "is_causal": is_causal,
-    }
-    if isinstance(attention, MultiheadAttention) and is_inactive(dropout):
-        return attention(query, memory, memory, residual=residual, **options)[0]
-    return residual + dropout(attention(query, memory, memory, **options)[0])
+) -> Sublayer:
+    """``attention(query, memory, memory)``."""
+
+    def sublayer(residual: Tensor | None) -> Tensor:
+        options = {
+            "attn_mask": attn_mask,
+            "key_padding_mask": key_padding_mask,
+            "need_weights": False,
+            "is_causal": is_causal,
+        }
+        if isinstance(attention, MultiheadAttention):
+            return attention(query, memory, memory, residual=residual, **options)[0]
+        output = attention(query, memory, memory, **options)[0]
+        return output if residual is None else residual + output
+
+    return sublayer
 
 
 def _share_children(layer: nn.Module, module: nn.Module, backend: str | None) -> None:
@@ -74,7 +80,9 @@ def _share_children(layer: nn.Module, module: nn.Module, backend: str | None) ->
     for name, child in module._modules.items():
         if type(child) is nn.MultiheadAttention and not is_hooked(child):
             child = MultiheadAttention.from_torch(child, backend=backend)
-        layer._modules[name] = None if child is None else shared_linear(child, backend)
+        if child is not None:
+            child = shared_norm(shared_linear(child, backend), backend)
+        layer._modules[name] = child
     adopt(layer, module)
 
 
@@ -82,8 +90,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer`: same constructor, state_dict and results.
 
     ``x + attention(norm(x))`` then ``x + linear2(activation(linear1(norm(x))))`` with
-    ``norm_first``, and with the norms after the sums otherwise. The activation runs in linear1's
-    kernel and each sum in the kernel of the projection before it, unless dropout acts in between.
+    ``norm_first``, and with the norms after the sums otherwise. Activation and the dropout after
+    it run in linear1's kernel, each sum in the kernel of the projection before it or, where
+    dropout acts in between, dropout and sum in the norm's.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -162,20 +171,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         masks = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             normed = self.norm1(src)
-            x = _attend(self.self_attn, self.dropout1, normed, normed, src, *masks)
-            return self._feed_forward(self.norm2(x), x)
-        x = self.norm1(_attend(self.self_attn, self.dropout1, src, src, src, *masks))
-        return self.norm2(self._feed_forward(x, x))
+            attend = _attention(self.self_attn, normed, normed, *masks)
+            normed, x = _residual_norm(attend, src, self.dropout1, self.norm2)
+            return _residual(self._feed_forward(normed), x, self.dropout2)
+        attend = _attention(self.self_attn, src, src, *masks)
+        x, _ = _residual_norm(attend, src, self.dropout1, self.norm1)
+        return _residual_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
 
-    def _feed_forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        return _feed_forward(
-            input,
-            self.linear1,
-            self.activation,
-            self.dropout,
-            self.linear2,
-            self.dropout2,
-            residual,
+    def _feed_forward(self, input: Tensor) -> Sublayer:
+        return lambda residual: fused_feed_forward(
+            input, self.linear1, self.activation, self.dropout, self.linear2, residual
         )
 
 
@@ -262,103 +267,20 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         """See :meth:`torch.nn.TransformerDecoderLayer.forward`."""
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         other = (memory_mask, memory_key_padding_mask, memory_is_causal)
-        x = tgt
         if self.norm_first:
-            normed = self.norm1(x)
-            x = _attend(self.self_attn, self.dropout1, normed, normed, x, *own)
-            x = _attend(self.multihead_attn, self.dropout2, self.norm2(x), memory, x, *other)
-            return self._feed_forward(self.norm3(x), x)
-        x = self.norm1(_attend(self.self_attn, self.dropout1, x, x, x, *own))
-        x = self.norm2(_attend(self.multihead_attn, self.dropout2, x, memory, x, *other))
-        return self.norm3(self._feed_forward(x, x))
+            normed = self.norm1(tgt)
+            attend = _attention(self.self_attn, normed, normed, *own)
+            normed, x = _residual_norm(attend, tgt, self.dropout1, self.norm2)
+            attend = _attention(self.multihead_attn, normed, memory, *other)
+            normed, x = _residual_norm(attend, x, self.dropout2, self.norm3)
+            return _residual(self._feed_forward(normed), x, self.dropout3)
+        attend = _attention(self.self_attn, tgt, tgt, *own)
+        x, _ = _residual_norm(attend, tgt, self.dropout1, self.norm1)
+        attend = _attention(self.multihead_attn, x, memory, *other)
+        x, _ = _residual_norm(attend, x, self.dropout2, self.norm2)
+        return _residual_norm(self._feed_forward(x), x, self.dropout3, self.norm3)[0]
 
-    def _feed_forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        return _feed_forward(
-            input,
-            self.linear1,
-            self.activation,
-            self.dropout,
-            self.linear2,
-            self.dropout3,
-            residual,
+    def _feed_forward(self, input: Tensor) -> Sublayer:
+        return lambda residual: fused_feed_forward(
+            input, self.linear1, self.activation, self.dropout, self.linear2, residual
         )
-
-
-class FeedForward(nn.Module):
-    """``linear2(dropout(activation(linear1(x))))``: Vaswani et al. 2017, section 3.3.
-
-    Args:
-        d_model: features of input and output.
-        dim_feedforward: features in between.
-        activation: a name as in :func:`fmkernels.functional.linear`; it runs in linear1's kernel.
-        dropout: probability of zeroing a feature in between, in training.
-        bias, device, dtype: as in torch.nn.Linear.
-        backend: as in :func:`fmkernels.functional.linear`.
-
-    Shape:
-        input and output ``(..., d_model)``.
-
-    Raises:
-        ValueError: unknown activation or backend.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        dim_feedforward: int,
-        activation: str = "relu",
-        dropout: float = 0.0,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        check.choice("activation", activation, _activations.NAMES)
-        self.activation = activation
-        self.linear1 = Linear(
-            d_model, dim_feedforward, bias, device, dtype, activation=activation, backend=backend
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = Linear(dim_feedforward, d_model, bias, device, dtype, backend=backend)
-
-    @classmethod
-    def from_torch(cls, module: nn.Sequential, *, backend: str | None = None) -> FeedForward:
-        """Share the Parameters of a ``Sequential(Linear, activation[, Dropout], Linear)``.
-
-        Raises:
-            ValueError: ``module`` is not of that form, or its activation cannot be fused.
-        """
-        children = list(module)
-        dropouts = [child for child in children if type(child) is nn.Dropout]
-        parts = [child for child in children if type(child) is not nn.Dropout]
-        name = activation_name(parts[1]) if len(parts) == 3 else None
-        fits = (
-            name is not None
-            and type(parts[0]) is type(parts[2]) is nn.Linear
-            and len(dropouts) <= 1
-            and (not dropouts or children[2] is dropouts[0])
-        )
-        if not fits:
-            raise ValueError(
-                "module must be Sequential(Linear, activation[, Dropout], Linear) with one of "
-                f"relu, gelu and silu, got {module}"
-            )
-        first, last = parts[0], parts[2]
-        layer = cls(
-            first.in_features,
-            first.out_features,
-            name,
-            dropouts[0].p if dropouts else 0.0,
-            device="meta",
-            backend=backend,
-        )
-        layer.linear1 = Linear.from_torch(first, activation=name, backend=backend)
-        layer.linear2 = Linear.from_torch(last, backend=backend)
-        return layer.train(module.training)
-
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Apply the block; ``residual`` (..., d_model) is added to it, in linear2's kernel."""
-        hidden = self.dropout(self.linear1(input))
-        return fused_linear(self.linear2, hidden, residual=residual)
