@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmkernels._dispatch import Decision, last_decisions, use_backend
+from fmkernels._replace import hub, hub_layers
 from fmkernels._replace.fused import FusedConv2d
 from fmkernels._replace.measure import in_evaluation
 
@@ -23,6 +24,16 @@ def decisions_of(layer: nn.Module) -> list[Decision]:
     return _after(last_decisions(), before)
 
 
+def attention_decisions_of(module: nn.Module) -> list[Decision]:
+    """The same for attention that ``module`` looks up by name."""
+    parameter = next(module.parameters())
+    token = torch.zeros(1, 1, 1, 8, dtype=parameter.dtype, device=parameter.device)
+    before = last_decisions()
+    with torch.no_grad(), use_backend("auto"):
+        hub.attention_forward(module, token, token, token, None)
+    return _after(last_decisions(), before)
+
+
 def _after(decisions: tuple[Decision, ...], before: tuple[Decision, ...]) -> list[Decision]:
     """The decisions made since ``before``; the log is bounded, so the older ones may be gone."""
     if before:
@@ -34,7 +45,8 @@ def _after(decisions: tuple[Decision, ...], before: tuple[Decision, ...]) -> lis
 
 def _smallest_inputs(layer: nn.Module) -> tuple[Any, ...]:
     def zeros(*shape: int) -> Tensor:
-        parameter = next(layer.parameters())
+        # A norm need not have parameters.
+        parameter = next(layer.parameters(), torch.empty(0))
         return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
     if isinstance(layer, nn.modules.conv._ConvNd):
@@ -54,6 +66,10 @@ def _smallest_inputs(layer: nn.Module) -> tuple[Any, ...]:
     if isinstance(layer, nn.TransformerDecoderLayer):
         token = zeros(1, 1, layer.linear1.in_features)
         return token, token
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return (zeros(1, *layer.normalized_shape),)
+    if isinstance(layer, hub_layers.Conv1D | hub_layers.RMSNorm | hub_layers.GatedMLP):
+        return (zeros(1, hub.width_of(layer)),)
     raise TypeError(f"no example input is known for a {type(layer).__name__}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -10,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fmkernels import nn as fnn
 from fmkernels._checks import FLOAT_DTYPES
+from fmkernels._replace import hub
 
 FAMILIES = ("conv", "rnn", "attention", "linear")
 
@@ -31,11 +34,15 @@ _LAYERS: dict[type[nn.Module], str] = {
     nn.TransformerDecoderLayer: "attention",
     nn.Linear: "linear",
     nn.Bilinear: "linear",
+    nn.LayerNorm: "linear",
+    nn.RMSNorm: "linear",
 }
+# A subclass of these with a forward of its own is another kind of norm, not a layer to report.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _QUANTIZED = {kind.__name__: family for kind, family in _LAYERS.items()}
 
 # The parts of a layer that are exchanged with it; its other parts are taken over as they are.
-_PARTS = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.Linear)
+_PARTS = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.Linear, nn.LayerNorm)
 
 # A subclass may define these and still compute what its base computes; the dunder names that are
 # not methods are what Python itself puts into a class.
@@ -73,9 +80,12 @@ def is_ours(module: nn.Module) -> bool:
 
 def family_of(module: nn.Module) -> str | None:
     """The family that ``module`` belongs to, replaceable or not; None for all other modules."""
-    for kind in type(module).__mro__:
-        if kind in _LAYERS:
-            return _LAYERS[kind]
+    base = base_of(module)
+    if base is not None:
+        other_norm = base in _NORMS and type(module).forward is not base.forward
+        return None if other_norm and not is_ours(module) else _LAYERS[base]
+    if (family := hub.family_of(module)) is not None:
+        return family
     if isinstance(module, torch.jit.ScriptModule):
         return _QUANTIZED.get(getattr(module, "original_name", ""))
     if type(module).__module__.startswith(("torch.ao.", "torchao.")):
@@ -94,6 +104,14 @@ def counterpart_of(base: type[nn.Module]) -> type[nn.Module] | None:
     return kind if hasattr(kind, "from_torch") else None
 
 
+def make(module: nn.Module, **options: Any) -> nn.Module:
+    """The layer to put in the place of ``module``; options as of its ``from_torch``."""
+    base = base_of(module)
+    if base is None:
+        return hub.counterpart(module, **options)
+    return counterpart_of(base).from_torch(module, **options)
+
+
 def why_kept(module: nn.Module) -> str:
     """Why ``module``, which belongs to a family, cannot be replaced; empty if it can."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -108,6 +126,9 @@ def why_kept(module: nn.Module) -> str:
     if type(module) is NonDynamicallyQuantizableLinear:
         return "its MultiheadAttention reads its parameters and never calls it"
     base = base_of(module)
+    if base is None:
+        reason = hub.why_kept(module)
+        return reason or ("it has state_dict hooks" if _has_state_hooks(module) else "")
     if counterpart_of(base) is None:
         return f"fmkernels has no {base.__name__} layer"
     reason = _why_special(module, base) or _why_parameters(module)
@@ -130,9 +151,11 @@ def _why_special(module: nn.Module, base: type[nn.Module]) -> str:
             return f"its class {kind.__name__} defines {', '.join(overridden)}"
     if any(isinstance(value, Tensor) for value in vars(module).values()):
         return "its weight is computed before each call (weight_norm, spectral_norm or pruning)"
-    if any(vars(module).get(name) for name in _STATE_HOOKS):
-        return "it has state_dict hooks"
-    return ""
+    return "it has state_dict hooks" if _has_state_hooks(module) else ""
+
+
+def _has_state_hooks(module: nn.Module) -> bool:
+    return any(vars(module).get(name) for name in _STATE_HOOKS)
 
 
 def _why_parameters(module: nn.Module) -> str:

@@ -254,7 +254,7 @@ def _only_use(node: fx.Node) -> fx.Node | None:
 
 def _extended(chain: Chain, step: Step, heads: dict[str, nn.Module]) -> list[Step] | None:
     head = heads[chain.path]
-    if isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Conv2d):
         return [step] if step.kind == steps.ACTIVATION and not chain.steps else None
     if step.kind == steps.NORM:
         norm = step.apply

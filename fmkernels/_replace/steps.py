@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fmkernels._replace import hub
 from fmkernels.functional.conv import Pool
 from fmkernels.ops import _activations
 from fmkernels.ops.conv.backends import FUSED_POOL_WINDOWS
@@ -101,8 +102,9 @@ def step_of_module(module: nn.Module) -> Step | None:
     kind = type(module)
     if kind is nn.BatchNorm2d:
         return Step(NORM, None, kind.__name__, module)
-    if kind in _ACTIVATION_MODULES:
-        name = _ACTIVATION_MODULES[kind](module)
+    of_torch = kind in _ACTIVATION_MODULES
+    if of_torch or kind.__module__ == "transformers.activations":
+        name = _ACTIVATION_MODULES[kind](module) if of_torch else hub.activation_of(module)
         return None if name is None else Step(ACTIVATION, name, kind.__name__, module)
     if kind is nn.MaxPool2d:
         pool = _max_pool({name: getattr(module, name) for name in _POOL_ARGUMENTS})

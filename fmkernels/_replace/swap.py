@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fmkernels._dispatch import UnsupportedError
-from fmkernels._replace import backends, catalog, chains, measure, rewrite, steps
+from fmkernels._replace import backends, catalog, chains, hub, measure, rewrite, steps
 from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d
 from fmkernels._replace.report import FUSED, KEPT, REPLACED, Report, Row
 from fmkernels.freeze import freeze as freeze_layers
@@ -137,12 +137,14 @@ class _Plan:
         layers: path of an original layer -> the new one.
         others: path of a module fused into a layer -> what stands there instead.
         fusion: the chains.
+        attention: layers whose attention is selected by name; they stay.
     """
 
     def __init__(self, model: nn.Module, families: Sequence[str], fuse: bool) -> None:
         self.rows: list[Row] = []
         self.layers: dict[str, nn.Module] = {}
         self.others: dict[str, nn.Module] = {}
+        self.attention: list[nn.Module] = []
         self._families = families
         self._candidates: dict[str, nn.Module] = {}
         self._first_paths: dict[nn.Module, str] = {}
@@ -151,7 +153,7 @@ class _Plan:
         heads = {
             path: module
             for path, module in self._candidates.items()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+            if isinstance(module, nn.Conv2d | nn.Linear) or hub.is_linear(module)
         }
         self.fusion = chains.plan(model, heads) if fuse and heads else chains.Fusion()
         for path, module in found:
@@ -164,7 +166,8 @@ class _Plan:
             if module in self._first_paths:
                 return
             self._first_paths[module] = path
-            if not catalog.is_ours(module) and not catalog.why_kept(module):
+            by_name = hub.uses_interface(module)
+            if not by_name and not catalog.is_ours(module) and not catalog.why_kept(module):
                 self._candidates[path] = module
                 return
         if catalog.is_ours(module):
@@ -185,6 +188,8 @@ class _Plan:
             )  # fmt: skip
         elif catalog.is_ours(module):
             self.rows.append(Row(path, KEPT, kind, kind, reason=ALREADY_OURS))
+        elif hub.uses_interface(module):
+            self._add_attention(path, module)
         elif path not in self._candidates:
             self.rows.append(Row(path, KEPT, kind, kind, reason=catalog.why_kept(module)))
         elif path in self.fusion.chains:
@@ -194,7 +199,7 @@ class _Plan:
 
     def _add_replaced(self, path: str, module: nn.Module) -> None:
         kind = type(module).__name__
-        new = catalog.counterpart_of(catalog.base_of(module)).from_torch(module)
+        new = catalog.make(module)
         decisions = backends.decisions_of(new)
         left = [decision for decision in decisions if decision.chosen == "torch"]
         if left:
@@ -220,6 +225,16 @@ class _Plan:
                     )
                 )
 
+    def _add_attention(self, path: str, module: nn.Module) -> None:
+        kind = type(module).__name__
+        if reason := hub.why_attention_kept(module):
+            self.rows.append(Row(path, KEPT, kind, kind, reason=reason))
+            return
+        self.attention.append(module)
+        backend = _names(backends.attention_decisions_of(module))
+        new = f"{kind} ({hub.IMPLEMENTATION} attention)"
+        self.rows.append(Row(path, REPLACED, kind, new, backend))
+
     def _add_fused(self, model: nn.Module, chain: chains.Chain, module: nn.Module) -> None:
         norm = None
         for path, step in chain.members.items():
@@ -232,12 +247,10 @@ class _Plan:
         pool = steps.value_of(chain.steps, steps.POOL)
         if norm is not None:
             new = FusedConv2d.from_chain(module, norm, activation=activation, pool=pool)
-        elif isinstance(module, nn.Linear):
-            new = catalog.counterpart_of(nn.Linear).from_torch(module, activation=activation)
+        elif isinstance(module, nn.Conv2d):
+            new = catalog.make(module, activation=activation, pool=pool)
         else:
-            new = catalog.counterpart_of(nn.Conv2d).from_torch(
-                module, activation=activation, pool=pool
-            )
+            new = catalog.make(module, activation=activation)
         self.layers[chain.path] = new
         old = " + ".join([type(module).__name__, *(step.name for step in chain.steps)])
         backend = _names(backends.decisions_of(new))
@@ -273,8 +286,10 @@ class _Exchange:
             parent._modules[name] = new
         for module, forward in self._rewritten:
             forward.install(module)
+        self._selection = hub.Selection(self.model, plan.attention)
 
     def undo(self) -> nn.Module:
+        self._selection.undo()
         for module, _ in reversed(self._rewritten):
             rewrite.uninstall(module)
         for old, new in self._pairs:
