@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmkernels.bench.numerics import Check, check
 from fmkernels.bench.verify_cases import Case, Named, all_cases
 from fmkernels.bench.verify_frozen import frozen_cases
+from fmkernels.bench.verify_transformer import transformer_cases
 
 DTYPES = {
     "fp32": torch.float32,
@@ -60,7 +61,7 @@ class Verdict:
 
 def select(families: tuple[str, ...] = ("all",)) -> list[Case]:
     """The cases of ``families``."""
-    cases = [*all_cases(), *frozen_cases()]
+    cases = [*all_cases(), *transformer_cases(), *frozen_cases()]
     return [case for case in cases if "all" in families or case.family in families]
 
 

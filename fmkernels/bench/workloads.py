@@ -205,9 +205,11 @@ def _sdpa(
     return module, (query, key, value, mask[:, None, None, :])
 
 
-def _encoder_layer() -> tuple[nn.Module, Inputs]:
-    layer = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
-    return layer, (torch.randn(8, 128, 512),)
+def _encoder_layer(batch: int, length: int, width: int) -> tuple[nn.Module, Inputs]:
+    layer = nn.TransformerEncoderLayer(
+        width, width // 64, 4 * width, dropout=0.0, batch_first=True
+    )
+    return layer, (torch.randn(batch, length, width),)
 
 
 def _cnn(variant: str, batch: int) -> tuple[nn.Module, Inputs]:
@@ -253,6 +255,10 @@ WORKLOADS: tuple[Workload, ...] = (
     conv("conv 1x1 8x256x28x28->256", build=partial(_conv, 8, 256, 28, 256, 1)),
     conv("conv depthwise 8x128x56x56", build=partial(_conv, 8, 128, 56, 128, groups=128)),
     linear("linear 512x512x512", build=partial(_linear, 512, 512, 512), quick=True),
+    linear("linear 256x256x256", build=partial(_linear, 256, 256, 256)),
+    linear("linear 1024x1024x1024", build=partial(_linear, 1024, 1024, 1024)),
+    linear("linear 2048x2048x2048", build=partial(_linear, 2048, 2048, 2048)),
+    linear("linear 4096x4096x4096", build=partial(_linear, 4096, 4096, 4096)),
     linear("linear 64x4096x1024", build=partial(_linear, 64, 4096, 1024)),
     linear("linear 1x4096x4096", build=partial(_linear, 1, 4096, 4096)),
     rnn("lstm T100 B64 H256", build=partial(_lstm, 100, 64, 256, 256), quick=True),
@@ -275,7 +281,13 @@ WORKLOADS: tuple[Workload, ...] = (
         build=partial(_sdpa, 8, 32, 1, 128, keys=2048, kv_heads=8),
         modes=("inference",),
     ),
-    attention("encoder layer 8x128x512", build=_encoder_layer, corners=True, quick=True),
+    attention(
+        "encoder layer 8x128x512",
+        build=partial(_encoder_layer, 8, 128, 512),
+        corners=True,
+        quick=True,
+    ),
+    attention("encoder layer 1x512x768", build=partial(_encoder_layer, 1, 512, 768), corners=True),
     cnn("CNN (64-128-512-10) batch 32", build=partial(_cnn, "large", 32), quick=True),
     cnn("CNN (64-128-512-10) batch 1", build=partial(_cnn, "large", 1), modes=("inference",)),
     cnn("CNN (32-64-64-64-10) batch 32", build=partial(_cnn, "small", 32)),
