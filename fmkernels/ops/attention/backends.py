@@ -7,9 +7,14 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend, triton_op, triton_support
 from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.schema import Options
 
+# Tiles of wider heads exceed a multiprocessor's registers.
+_WIDEST_HEAD = 512
+_TRITON = "fmkernels.ops.attention.triton"
+_TRITON_CACHE = "fmkernels.ops.attention.triton_cache"
 _NATIVE = native_ops_support("sdpa_forward", "sdpa_backward")
 _NATIVE_STATISTICS = native_ops_support("sdpa_statistics")
 _NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
@@ -41,6 +46,25 @@ def _cpu_supports(query: Tensor, options: Options) -> Support:
     return SUPPORTED
 
 
+def _triton_supports(query: Tensor, options: Options) -> Support:
+    return _triton_serves(query)
+
+
+def _triton_serves(query: Tensor) -> Support:
+    if query.dtype == torch.float64:
+        return Support(False, "attends in float32, bfloat16 and float16; got torch.float64")
+    if query.size(-1) > _WIDEST_HEAD:
+        return Support(
+            False, f"takes up to {_WIDEST_HEAD} features per head, got {query.size(-1)}"
+        )
+    return SUPPORTED
+
+
+def _triton_cache_supports(query: Tensor) -> Support:
+    common = triton_support(query)
+    return _triton_serves(query) if common.ok else common
+
+
 def _reference_supports(query: Tensor, options: Options) -> Support:
     return SUPPORTED
 
@@ -51,6 +75,7 @@ SDPA = {
         forward=torch.ops.fmkernels.sdpa_forward.default,
         backward=torch.ops.fmkernels.sdpa_backward.default,
     ),
+    "triton": triton_backend(_TRITON, _triton_supports, "sdpa_forward", "sdpa_backward"),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.sdpa_forward,
@@ -83,6 +108,11 @@ CACHED = {
         forward=torch.ops.fmkernels.sdpa_cached.default,
         backward=_no_backward,
     ),
+    "triton": Backend(
+        supports=_triton_cache_supports,
+        forward=triton_op(_TRITON_CACHE, "sdpa_cached"),
+        backward=_no_backward,
+    ),
     "reference": Backend(
         supports=lambda query: SUPPORTED,
         forward=reference.sdpa_cached,
@@ -91,5 +121,6 @@ CACHED = {
 }
 APPEND = {
     "cpu": torch.ops.fmkernels.kv_cache_append.default,
+    "triton": triton_op(_TRITON_CACHE, "kv_cache_append"),
     "reference": reference.kv_cache_append,
 }

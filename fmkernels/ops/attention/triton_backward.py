@@ -1,0 +1,473 @@
+"""Flash attention backward: row sums, then keys and values, then queries (Dao et al. 2022, B.4).
+
+Every gradient is summed by one program in a fixed order, so the same inputs give the same bits.
+With p the weights, dp = dout v^T (dropped and rescaled like p was) and
+delta = rowsum(dout * out) - dlse, the gradient of a score is ``ds = p * (dp - delta)``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fmkernels.ops._triton.primitives import dot
+from fmkernels.ops.attention.triton_forward import key_range
+from fmkernels.ops.attention.triton_tiles import (
+    LOG2_E,
+    NEGATIVE_INFINITY,
+    POSITIVE_INFINITY,
+    Scoring,
+    add_mask,
+    count_blocks,
+    hide,
+    keep_tile,
+    load_dropout,
+    load_mask_base,
+    load_rows,
+    load_slope,
+    matrix_at,
+    other_span,
+    place_block,
+    score_tile,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_sequences"])
+def attention_bwd_preprocess_kernel(
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    dlse_ptr,
+    sinks_ptr,
+    delta_ptr,
+    dsinks_ptr,
+    dout_strides,  # batch, head, row
+    out_strides,
+    num_queries,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """delta (like lse: contiguous, fp32), and with dsinks_ptr (one per program) each program's
+    share of the sinks' gradient."""
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // blocks % HEADS
+    batch = pid // blocks // HEADS
+    first_query = pid % blocks * BLOCK_M
+    dout_base = matrix_at(dout_ptr, dout_strides, batch, head, 0)
+    out_base = matrix_at(out_ptr, out_strides, batch, head, 0)
+    dout = load_rows(
+        dout_base, first_query, dout_strides[2], num_queries, VALUE_DIM, BLOCK_M, BLOCK_E
+    )
+    out = load_rows(
+        out_base, first_query, out_strides[2], num_queries, VALUE_DIM, BLOCK_M, BLOCK_E
+    )
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    rows = first_query + tl.arange(0, BLOCK_M)
+    inside = rows < num_queries
+    start = tl.cast(pid // blocks, tl.int64) * num_queries
+    lse = tl.load(lse_ptr + start + rows, mask=inside, other=NEGATIVE_INFINITY)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + start + rows, mask=inside, other=0.0)
+    # A row without a visible key passes no gradient on, whatever comes in.
+    delta = tl.where(lse == NEGATIVE_INFINITY, 0.0, delta)
+    tl.store(delta_ptr + start + rows, delta, mask=inside)
+    if dsinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head)
+        weight = tl.where(lse == NEGATIVE_INFINITY, 0.0, tl.exp2((sink - lse) * LOG2_E))
+        tl.store(dsinks_ptr + pid, -tl.sum(weight * delta, 0))
+
+
+@triton.jit
+def _row_statistics(lse_base, delta_base, first_query, num_queries, BLOCK_M: tl.constexpr):
+    """Base-2 lse, +inf (so that all weights are 0) for rows past the end or empty, and delta."""
+    rows = first_query + tl.arange(0, BLOCK_M)
+    inside = rows < num_queries
+    lse = tl.load(lse_base + rows, mask=inside, other=NEGATIVE_INFINITY)
+    lse = tl.where(lse == NEGATIVE_INFINITY, POSITIVE_INFINITY, lse * LOG2_E)
+    return lse, tl.load(delta_base + rows, mask=inside, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=["num_queries", "num_keys", "num_sequences", "left", "right", "threshold"]
+)
+def attention_bwd_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    slopes_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    seed_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_strides,  # batch, head, row
+    k_strides,
+    v_strides,
+    dout_strides,
+    mask_strides,  # batch, head, query, key
+    slope_strides,  # sequence, head
+    dk_strides,
+    dv_strides,
+    num_queries,
+    num_keys,
+    num_sequences,
+    left,
+    right,
+    scale,
+    softcap,
+    threshold,
+    keep_factor,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: dk and dv of BLOCK_N keys of one shared head, over the queries that see them.
+
+    Scores are held transposed, (BLOCK_N, BLOCK_M), so that both products take them as they are.
+    lse and delta: (B, H, M), contiguous.
+    """
+    blocks = count_blocks(num_keys, num_sequences, BLOCK_N, SEQUENCES)
+    pid = tl.program_id(0)
+    shared_head = pid // blocks % (HEADS // GROUP)
+    keys, first_key = place_block(
+        cu_k_ptr, pid % blocks, pid // blocks // (HEADS // GROUP), num_keys, num_sequences,
+        BLOCK_N, SEQUENCES,
+    )  # fmt: skip
+    if first_key >= keys.count:
+        return
+    queries = other_span(cu_q_ptr, keys, num_queries, SEQUENCES)
+    dropout = load_dropout(seed_ptr, threshold, keep_factor)
+    k_base = matrix_at(k_ptr, k_strides, keys.batch, shared_head, keys.first)
+    v_base = matrix_at(v_ptr, v_strides, keys.batch, shared_head, keys.first)
+    k = load_rows(k_base, first_key, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(v_base, first_key, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    low = 0
+    high = queries.count
+    if right is not None:
+        low = tl.maximum(first_key - right, 0) // BLOCK_M * BLOCK_M
+    if left is not None:
+        high = tl.minimum(high, first_key + BLOCK_N + left)
+    rows = tl.arange(0, BLOCK_M)[None, :]
+    columns = tl.arange(0, BLOCK_N)[:, None]
+    for member in tl.range(0, GROUP):
+        head = shared_head * GROUP + member
+        slope = load_slope(slopes_ptr, slope_strides, keys.sequence, head)
+        scoring = Scoring(scale, softcap, slope, left, right, keys.count)
+        mask = load_mask_base(mask_ptr, mask_strides, queries, head)
+        q_base = matrix_at(q_ptr, q_strides, queries.batch, head, queries.first)
+        dout_base = matrix_at(dout_ptr, dout_strides, queries.batch, head, queries.first)
+        first_lse = tl.cast(queries.batch * HEADS + head, tl.int64) * num_queries + queries.first
+        for m in tl.range(low, high, BLOCK_M):
+            q = load_rows(q_base, m, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D)
+            dout = load_rows(
+                dout_base, m, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E
+            )
+            lse, delta = _row_statistics(
+                lse_ptr + first_lse, delta_ptr + first_lse, m, queries.count, BLOCK_M
+            )
+            products = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            scores, derivative = score_tile(products, m + rows, first_key + columns, scoring)
+            if mask_ptr is not None:
+                scores = add_mask(
+                    scores, mask, m, first_key, rows, columns, queries.count, keys.count
+                )
+            scores = hide(scores, m + rows, first_key + columns, scoring)
+            weights = tl.exp2(scores - lse[None, :])
+            dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            dropped = weights
+            if seed_ptr is not None:
+                kept = tl.trans(keep_tile(dropout, first_lse + m, first_key, BLOCK_M, BLOCK_N))
+                dropped = tl.where(kept, weights * keep_factor, 0.0)
+                dweights = tl.where(kept, dweights * keep_factor, 0.0)
+            dv = dot(dropped.to(dout.dtype), dout, dv, PRECISION)
+            dproducts = weights * (dweights - delta[None, :]) * derivative
+            dk = dot(dproducts.to(q.dtype), q, dk, PRECISION)
+    dk_base = matrix_at(dk_ptr, dk_strides, keys.batch, shared_head, keys.first)
+    dv_base = matrix_at(dv_ptr, dv_strides, keys.batch, shared_head, keys.first)
+    store_rows(
+        dk_base, dk * scale, first_key, dk_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D
+    )
+    store_rows(dv_base, dv, first_key, dv_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
+
+
+@triton.jit
+def _score_gradient(
+    q,  # (BLOCK_M, BLOCK_D)
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_E)
+    dout,  # (BLOCK_M, BLOCK_E)
+    lse,
+    delta,
+    first_query,
+    first_key,
+    num_queries,
+    first_lse,  # index of the first query in lse
+    scoring,
+    mask,
+    dropout,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of a tile's scores (that is, of the mask) and the softcap's derivative."""
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+    scores, derivative = score_tile(products, first_query + rows, first_key + columns, scoring)
+    if mask[0] is not None:
+        scores = add_mask(
+            scores, mask, first_query, first_key, rows, columns, num_queries, scoring.num_keys
+        )
+    scores = hide(scores, first_query + rows, first_key + columns, scoring)
+    weights = tl.exp2(scores - lse[:, None])
+    dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+    if dropout.seed is not None:
+        kept = keep_tile(dropout, first_lse, first_key, BLOCK_M, BLOCK_N)
+        dweights = tl.where(kept, dweights * dropout.factor, 0.0)
+    return weights * (dweights - delta[:, None]), derivative
+
+
+@triton.jit(
+    do_not_specialize=["num_queries", "num_keys", "num_sequences", "left", "right", "threshold"]
+)
+def attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    slopes_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    seed_ptr,
+    dq_ptr,
+    dmask_ptr,
+    dslopes_ptr,
+    q_strides,  # batch, head, row
+    k_strides,
+    v_strides,
+    dout_strides,
+    mask_strides,  # batch, head, query, key
+    slope_strides,  # sequence, head
+    dq_strides,
+    dmask_strides,
+    num_queries,
+    num_keys,
+    num_sequences,
+    left,
+    right,
+    scale,
+    softcap,
+    threshold,
+    keep_factor,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: dq of BLOCK_M queries of one head.
+
+    With dmask_ptr also the gradient of their part of a mask that is not broadcast (zeroed before:
+    hidden blocks are skipped); with dslopes_ptr (zeroed, (sequences, H)) their share of the
+    slope's gradient, one number per row: dslopes is (B, H, M) like lse.
+    """
+    blocks = count_blocks(num_queries, num_sequences, BLOCK_M, SEQUENCES)
+    pid = tl.program_id(0)
+    head = pid // blocks % HEADS
+    block = blocks - 1 - pid % blocks
+    queries, first_query = place_block(
+        cu_q_ptr, block, pid // blocks // HEADS, num_queries, num_sequences, BLOCK_M, SEQUENCES
+    )
+    if first_query >= queries.count:
+        return
+    keys = other_span(cu_k_ptr, queries, num_keys, SEQUENCES)
+    slope = load_slope(slopes_ptr, slope_strides, queries.sequence, head)
+    scoring = Scoring(scale, softcap, slope, left, right, keys.count)
+    dropout = load_dropout(seed_ptr, threshold, keep_factor)
+    mask = load_mask_base(mask_ptr, mask_strides, queries, head)
+    q_base = matrix_at(q_ptr, q_strides, queries.batch, head, queries.first)
+    k_base = matrix_at(k_ptr, k_strides, keys.batch, head // GROUP, keys.first)
+    v_base = matrix_at(v_ptr, v_strides, keys.batch, head // GROUP, keys.first)
+    dout_base = matrix_at(dout_ptr, dout_strides, queries.batch, head, queries.first)
+    first_lse = tl.cast(queries.batch * HEADS + head, tl.int64) * num_queries + queries.first
+    q = load_rows(q_base, first_query, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(
+        dout_base, first_query, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E
+    )
+    lse, delta = _row_statistics(
+        lse_ptr + first_lse, delta_ptr + first_lse, first_query, queries.count, BLOCK_M
+    )
+    rows = first_query + tl.arange(0, BLOCK_M)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dslope = tl.zeros((BLOCK_M,), tl.float32)
+    low, high, _ = key_range(first_query, scoring, BLOCK_M, BLOCK_N)
+    for n in tl.range(low, high, BLOCK_N):
+        k = load_rows(k_base, n, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = load_rows(v_base, n, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
+        dscores, derivative = _score_gradient(
+            q, k, v, dout, lse, delta, first_query, n, queries.count, first_lse + first_query,
+            scoring, mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        columns = n + tl.arange(0, BLOCK_N)
+        if dmask_ptr is not None:
+            dmask_base = matrix_at(dmask_ptr, dmask_strides, queries.batch, head, first_query)
+            offsets = tl.arange(0, BLOCK_M)[:, None] * dmask_strides[2] + columns[None, :]
+            inside = (rows < queries.count)[:, None] & (columns < keys.count)[None, :]
+            tl.store(dmask_base + offsets, dscores.to(dmask_ptr.dtype.element_ty), mask=inside)
+        if dslopes_ptr is not None:
+            distance = tl.abs(rows[:, None] - columns[None, :]).to(tl.float32)
+            dslope -= tl.sum(dscores * distance, 1)
+        dq = dot((dscores * derivative).to(k.dtype), k, dq, PRECISION)
+    dq_base = matrix_at(dq_ptr, dq_strides, queries.batch, head, queries.first)
+    store_rows(
+        dq_base, dq * scale, first_query, dq_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
+    if dslopes_ptr is not None:
+        tl.store(dslopes_ptr + first_lse + rows, dslope, mask=rows < queries.count)
+
+
+@triton.jit(
+    do_not_specialize=["num_batches", "num_queries", "num_keys", "left", "right", "threshold"]
+)
+def attention_bwd_dmask_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    slopes_ptr,
+    seed_ptr,
+    dmask_ptr,
+    q_strides,  # batch, head, row
+    k_strides,
+    v_strides,
+    dout_strides,
+    mask_strides,  # batch, head, query, key
+    slope_strides,  # batch, head
+    num_batches,
+    num_queries,
+    num_keys,
+    left,
+    right,
+    scale,
+    softcap,
+    threshold,
+    keep_factor,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    OVER_BATCH: tl.constexpr,
+    OVER_HEADS: tl.constexpr,
+    OVER_QUERIES: tl.constexpr,
+    OVER_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradient of a broadcast mask: dmask (batches, heads, queries, keys), contiguous, with 1
+    where OVER_* says that the mask is broadcast. One program owns a tile of it and recomputes the
+    scores of everything it was broadcast to, in a fixed order: no atomics, no matrix of scores.
+    """
+    blocks_m = tl.cdiv(num_queries, BLOCK_M)
+    blocks_n = tl.cdiv(num_keys, BLOCK_N)
+    pid = tl.program_id(0)
+    own_n, pid = _own(pid, blocks_n, OVER_KEYS)
+    own_m, pid = _own(pid, blocks_m, OVER_QUERIES)
+    own_head, pid = _own(pid, HEADS, OVER_HEADS)
+    first_batch, last_batch = _extent(pid, num_batches, OVER_BATCH)
+    first_head, last_head = _extent(own_head, HEADS, OVER_HEADS)
+    first_m, last_m = _extent(own_m, blocks_m, OVER_QUERIES)
+    first_n, last_n = _extent(own_n, blocks_n, OVER_KEYS)
+    dropout = load_dropout(seed_ptr, threshold, keep_factor)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for batch in tl.range(first_batch, last_batch):
+        for head in tl.range(first_head, last_head):
+            slope = load_slope(slopes_ptr, slope_strides, batch, head)
+            scoring = Scoring(scale, softcap, slope, left, right, num_keys)
+            mask_base = matrix_at(mask_ptr, mask_strides, batch, head, 0)
+            mask = (mask_base, mask_strides[2], mask_strides[3])
+            q_base = matrix_at(q_ptr, q_strides, batch, head, 0)
+            k_base = matrix_at(k_ptr, k_strides, batch, head // GROUP, 0)
+            v_base = matrix_at(v_ptr, v_strides, batch, head // GROUP, 0)
+            dout_base = matrix_at(dout_ptr, dout_strides, batch, head, 0)
+            first_lse = tl.cast(batch * HEADS + head, tl.int64) * num_queries
+            for block_m in tl.range(first_m, last_m):
+                m = block_m * BLOCK_M
+                q = load_rows(q_base, m, q_strides[2], num_queries, HEAD_DIM, BLOCK_M, BLOCK_D)
+                dout = load_rows(
+                    dout_base, m, dout_strides[2], num_queries, VALUE_DIM, BLOCK_M, BLOCK_E
+                )
+                lse, delta = _row_statistics(
+                    lse_ptr + first_lse, delta_ptr + first_lse, m, num_queries, BLOCK_M
+                )
+                for block_n in tl.range(first_n, last_n):
+                    n = block_n * BLOCK_N
+                    k = load_rows(k_base, n, k_strides[2], num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
+                    v = load_rows(v_base, n, v_strides[2], num_keys, VALUE_DIM, BLOCK_N, BLOCK_E)
+                    dscores, _ = _score_gradient(
+                        q, k, v, dout, lse, delta, m, n, num_queries, first_lse + m, scoring,
+                        mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                    total += dscores
+    rows = first_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    own_rows, own_columns = num_queries, num_keys
+    if OVER_QUERIES:
+        total = tl.sum(total, 0, keep_dims=True)
+        rows, own_rows = tl.arange(0, 1), 1
+    if OVER_KEYS:
+        total = tl.sum(total, 1, keep_dims=True)
+        columns, own_columns = tl.arange(0, 1), 1
+    matrix = pid * (1 if OVER_HEADS else HEADS) + own_head
+    start = tl.cast(matrix, tl.int64) * own_rows * own_columns
+    offsets = tl.cast(rows, tl.int64)[:, None] * own_columns + columns[None, :]
+    inside = (rows < own_rows)[:, None] & (columns < own_columns)[None, :]
+    tl.store(dmask_ptr + start + offsets, total.to(dmask_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _own(pid, count, BROADCAST: tl.constexpr):
+    """A program's own index along a dimension of ``count`` (0 if broadcast), and what is left."""
+    if BROADCAST:
+        return pid * 0, pid
+    else:
+        return pid % count, pid // count
+
+
+@triton.jit
+def _extent(own, count, BROADCAST: tl.constexpr):
+    """The indices a program sums over: all of them where the mask is broadcast."""
+    if BROADCAST:
+        return own * 0, own * 0 + count
+    else:
+        return own, own + 1

@@ -1,0 +1,259 @@
+"""The attention family's Triton kernels in Triton's interpreter.
+
+Beside what the family's own tests run on every backend: tiles smaller than the problem, memory
+around the operands, launches.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fmkernels import testing
+from fmkernels._dispatch import UnsupportedError
+from fmkernels.ops._triton.support import INTERPRETING
+from fmkernels.ops.attention import reference
+from fmkernels.ops.attention.schema import Options
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1"),
+]
+if INTERPRETING:
+    from fmkernels.ops._triton.launch import config, observed_launches
+    from fmkernels.ops.attention import triton as kernels
+    from fmkernels.ops.attention import triton_cache
+    from fmkernels.ops.attention import triton_configs as configs
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=testing.dtype_name)
+SEED = torch.tensor([0x123456789ABCDEF])
+# batch, query heads, key heads, queries, keys, D, Dv
+SHAPE = (2, 4, 2, 37, 50, 20, 33)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """16 x 32: several blocks of queries and of keys, neither dividing the problem."""
+    for table in (configs.FORWARD, configs.KEYS_VALUES, configs.QUERIES, configs.MASK):
+        tiles = {case: config(4, 1, BLOCK_M=16, BLOCK_N=32) for case in table["interpret"]}
+        monkeypatch.setitem(table, "interpret", tiles)
+    tiles = {case: config(4, 1, BLOCK_M=16, BLOCK_N=16) for case in configs.DECODE["interpret"]}
+    monkeypatch.setitem(configs.DECODE, "interpret", tiles)
+
+
+def packed():
+    """Sequences of which one has no queries, one no keys, and none ends where a block does."""
+    return {
+        "cu_seqlens_q": torch.tensor([0, 5, 5, 70, 90], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 7, 20, 20, 100], dtype=torch.int32),
+    }
+
+
+def mask_with_empty_row(*shape):
+    mask = torch.randn(shape)
+    mask[0, 0, 3] = float("-inf")
+    return mask
+
+
+CASES = {
+    "plain": {},
+    "causal": {"window_right": 0},
+    "window": {"window_left": 7, "window_right": 3},
+    "behind": {"window_left": 40, "window_right": 0},
+    "softcap": {"softcap": 2.0, "window_right": 0},
+    "alibi": {"alibi_slopes": torch.tensor([[0.5, 0.25, 0.1, 0.0]]), "window_right": 0},
+    "sinks": {"sinks": torch.tensor([0.5, -2.0, 3.0, float("-inf")])},
+    "bool_mask": {"attn_mask": torch.arange(37 * 50).view(1, 1, 37, 50) % 3 > 0},
+    "whole_mask": {"attn_mask": lambda: mask_with_empty_row(2, 4, 37, 50)},
+    "mask_per_head": {"attn_mask": lambda: mask_with_empty_row(1, 4, 37, 50)},
+    "mask_of_keys": {"attn_mask": lambda: torch.randn(2, 1, 1, 50)},
+    "mask_of_queries": {"attn_mask": lambda: torch.randn(1, 4, 37, 1)},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
+    "dropout_everything": {"dropout_p": 1.0, "dropout_seed": SEED},
+    "everything": {
+        "attn_mask": lambda: mask_with_empty_row(1, 4, 37, 50),
+        "alibi_slopes": torch.tensor([[0.5, 0.25, 0.1, 0.0]]),
+        "sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]),
+        "dropout_p": 0.2,
+        "dropout_seed": SEED,
+        "window_left": 30,
+        "window_right": 4,
+        "softcap": 3.0,
+    },
+    "packed": packed(),
+    "packed_everything": {
+        **packed(),
+        "alibi_slopes": torch.rand(4, 4),
+        "sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]),
+        "dropout_p": 0.2,
+        "dropout_seed": SEED,
+        "window_right": 0,
+    },
+}
+
+
+def problem(case, dtype):
+    """query, key, value, options"""
+    batch, heads, shared, queries, keys, width, value_width = SHAPE
+    given = {name: value() if callable(value) else value for name, value in CASES[case].items()}
+    if "cu_seqlens_q" in given:
+        batch, queries, keys = 1, 90, 100
+    mask = given.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        given["attn_mask"] = mask.to(dtype)
+    return (
+        testing.normal(batch, heads, queries, width, dtype=dtype),
+        testing.normal(batch, shared, keys, width, dtype=dtype),
+        testing.normal(batch, shared, keys, value_width, dtype=dtype),
+        Options(scale=width**-0.5, **given),
+    )
+
+
+def results(forward, backward, query, key, value, options, grads):
+    """Outputs and every gradient by name."""
+    mask = options.attn_mask
+    needs = (
+        True, True, True, mask is not None and mask.is_floating_point(),
+        options.alibi_slopes is not None, options.sinks is not None,
+    )  # fmt: skip
+    output, lse = forward(query, key, value, *options)
+    found = backward(*grads, query, key, value, output, lse, *options, *needs)
+    names = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+    named = {"output": output, "lse": lse}
+    return named | {f"grad_{n}": g for n, g, need in zip(names, found, needs, strict=True) if need}
+
+
+def doubled(tensor):
+    floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    return tensor.double() if floating else tensor
+
+
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_options_over_several_blocks(case, dtype, small_tiles):
+    query, key, value, options = problem(case, dtype)
+    grads = (
+        testing.normal(*query.shape[:3], value.size(3), dtype=dtype),
+        testing.normal(*query.shape[:3]),
+    )
+    arguments = (query, key, value, options, grads)
+    ours = results(kernels.sdpa_forward, kernels.sdpa_backward, *arguments)
+    plain = results(reference.sdpa_forward, reference.sdpa_backward, *arguments)
+    exact = results(
+        reference.sdpa_forward,
+        reference.sdpa_backward,
+        *(tensor.double() for tensor in (query, key, value)),
+        Options(*map(doubled, options)),
+        tuple(grad.double() for grad in grads),
+    )
+    for name, wanted in exact.items():
+        # The weights enter the products in the operands' dtype: an error of that size each.
+        slack = testing.FLOORS[dtype] * 2 * wanted[wanted.isfinite()].abs().max().item()
+        allowed = testing.allowed_error(testing.max_error(plain[name], wanted), wanted, dtype)
+        assert testing.max_error(ours[name], wanted) <= allowed + slack, name
+
+
+GUARD = 512
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch):
+    """Memory around every tensor that a launcher allocates; returns a check that it is intact."""
+    buffers = []
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, dtype=None, **options):
+        shape = torch.Size(
+            shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        )
+        dtype = dtype or self.dtype
+        buffer = empty(self, shape.numel() + 2 * GUARD, dtype=dtype).fill_(7)
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + shape.numel()].view(shape)
+
+    def empty_like(tensor, **options):
+        return new_empty(tensor, tensor.shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+
+    def check():
+        assert buffers
+        for buffer in buffers:
+            assert (buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all()
+
+    return check
+
+
+def amid_nan(tensor):
+    """The same values with NaN (integers: 0) in the memory around them."""
+    fill = float("nan") if tensor.is_floating_point() else 0
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype)
+    view = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("case", ["plain", "everything", "whole_mask", "packed_everything"])
+def test_nothing_outside_the_tensors_is_touched(case, small_tiles, guarded_outputs):
+    query, key, value, options = problem(case, torch.float32)
+    grads = (testing.normal(*query.shape[:3], value.size(3)), testing.normal(*query.shape[:3]))
+    wanted = results(
+        kernels.sdpa_forward, kernels.sdpa_backward, query, key, value, options, grads
+    )
+    around = Options(*(amid_nan(o) if isinstance(o, torch.Tensor) else o for o in options))
+    found = results(
+        kernels.sdpa_forward,
+        kernels.sdpa_backward,
+        *(amid_nan(tensor) for tensor in (query, key, value)),
+        around,
+        tuple(amid_nan(grad) for grad in grads),
+    )
+    guarded_outputs()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("page", [0, 8])
+def test_a_cache_is_read_and_written_inside_only(page, small_tiles, guarded_outputs):
+    batch, heads, shared, queries, capacity, width = 2, 4, 2, 3, 64, 20
+    lengths = torch.tensor([capacity - queries, 5], dtype=torch.int32)
+    table = None
+    shape = (batch, shared, capacity, width)
+    if page:
+        pages = batch * capacity // page
+        table = torch.randperm(pages).view(batch, -1).int()
+        table[1, 1:] = 10**9  # past the end of the sequence
+        shape = (pages, shared, page, width)
+    caches = [amid_nan(testing.normal(*shape)) for _ in range(2)]
+    copies = [cache.clone() for cache in caches]
+    new = [testing.normal(batch, shared, queries, width) for _ in range(2)]
+    triton_cache.kv_cache_append(*caches, *new, lengths, table)
+    reference.kv_cache_append(*copies, *new, lengths, table)
+    for cache, copy in zip(caches, copies, strict=True):
+        assert torch.equal(cache, copy)
+        outside = cache._base
+        assert outside[:GUARD].isnan().all() and outside[-GUARD:].isnan().all()
+    arguments = (lengths + queries, table, None, torch.randn(heads), -1, 0, width**-0.5, 0.0)
+    query = testing.normal(batch, heads, queries, width)
+    output, lse = triton_cache.sdpa_cached(query, *caches, *arguments)
+    guarded_outputs()
+    wanted = reference.sdpa_cached(query, *copies, *arguments)
+    assert torch.allclose(output, wanted[0], atol=2e-6)
+    assert torch.allclose(lse, wanted[1], atol=2e-6)
+
+
+def test_launches():
+    """Forward one; backward three, one more for the gradient of a broadcast mask."""
+    for case, backward in (("plain", 3), ("everything", 4), ("whole_mask", 3)):
+        query, key, value, options = problem(case, torch.float32)
+        grads = (testing.normal(*query.shape[:3], value.size(3)), None)
+        with observed_launches() as seen:
+            results(kernels.sdpa_forward, kernels.sdpa_backward, query, key, value, options, grads)
+        assert len(seen) == 1 + backward, [launch.kernel for launch in seen]
+
+
+def test_what_the_kernels_do_not_take():
+    query = torch.zeros(1, 1, 4, 8)
+    wide = torch.zeros(1, 1, 4, 1024)
+    with pytest.raises(UnsupportedError, match="512"):
+        kernels.sdpa_forward(query, query, wide, *Options())
