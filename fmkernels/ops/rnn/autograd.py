@@ -274,7 +274,8 @@ def lstm(
         extras += (MASKS,)
     if return_cells:
         extras += (CELL_STATES,)
-    name, _ = select("lstm", LSTM, backend, input, extras, options)
+    width = max(h0.size(-1), c0.size(-1))
+    name, _ = select("lstm", LSTM, backend, input, extras, options, width)
     directions, steps = h0.size(0) // len(layers), input.size(1 if batch_first else 0)
     hiddens, cells = [], []
     with autocast_off(device_type):

@@ -1,7 +1,7 @@
 """The backends of the recurrent ops, best first.
 
 ``supports`` is asked with the input, the names of the extras in schema.py that the call uses, and
-for the LSTM its options.
+for the LSTM its options and the wider of its cell and hidden state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
+from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.rnn import reference, schema  # schema defines the ops
 
 _ops = torch.ops.fmkernels
@@ -24,6 +25,7 @@ def _cpu(kind: str) -> Backend:
         input: Tensor,
         extras: tuple[str, ...] = (),
         options: schema.LSTMOptions = schema.PLAIN_LSTM,
+        width: int = 0,
     ) -> Support:
         if extras:
             return Support(False, f"has no {', '.join(extras)} yet")
@@ -35,14 +37,51 @@ def _cpu(kind: str) -> Backend:
     return Backend(supports=supports, forward=forward, backward=backward, pack=pack)
 
 
+def _triton(kind: str) -> Backend:
+    return triton_backend(
+        "fmkernels.ops.rnn.triton", _triton_supports, f"{kind}_forward", f"{kind}_backward"
+    )
+
+
+def _triton_supports(
+    input: Tensor,
+    extras: tuple[str, ...] = (),
+    options: schema.LSTMOptions = schema.PLAIN_LSTM,
+    width: int = 0,
+) -> Support:
+    if input.dtype == torch.float64:
+        return Support(False, "runs in float32, bfloat16 and float16; got torch.float64")
+    if options.layer_norm or schema.PROJECTION in extras:
+        most = _most_resident_features(input)
+        if width > most:
+            return Support(
+                False,
+                "layer norm and projections need the recurrent weights on one multiprocessor: up "
+                f"to {most} features of {input.dtype}, got {width}",
+            )
+    return SUPPORTED
+
+
+def _most_resident_features(input: Tensor) -> int:
+    """The widest hidden size in triton_configs.SEQUENCE, which only triton can read."""
+    if input.device.type == "cpu":
+        return 64  # the interpreter
+    widest = 64 if torch.version.hip is not None else 128
+    return widest if input.element_size() == 2 else widest // 2
+
+
 def _reference_supports(
-    input: Tensor, extras: tuple[str, ...] = (), options: schema.LSTMOptions = schema.PLAIN_LSTM
+    input: Tensor,
+    extras: tuple[str, ...] = (),
+    options: schema.LSTMOptions = schema.PLAIN_LSTM,
+    width: int = 0,
 ) -> Support:
     return SUPPORTED
 
 
 LSTM = {
     "cpu": _cpu("lstm"),
+    "triton": _triton("lstm"),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.lstm_forward,
@@ -51,6 +90,7 @@ LSTM = {
 }
 GRU = {
     "cpu": _cpu("gru"),
+    "triton": _triton("gru"),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.gru_forward,
@@ -59,6 +99,7 @@ GRU = {
 }
 RNN = {
     "cpu": _cpu("rnn"),
+    "triton": _triton("rnn"),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.rnn_forward,

@@ -1,0 +1,96 @@
+"""Launch configurations of the recurrent kernels, per chip and case.
+
+Every entry compiles without a spill for that chip with aligned strides, fits its shared and
+tensor memory, and uses its matrix unit; ``python benchmarks/gpu_static.py`` prints the evidence.
+They were chosen from compiled code (registers, occupancy), not from timings: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fmkernels.ops._triton.launch import Config, Table, config
+
+_SIZES = (16, 32, 64, 128, 256)
+
+
+def sequence_case(element_size: int, width: int) -> str:
+    """The operands' width in bits and the padded hidden size: ``"16-64"``."""
+    return f"{8 * element_size}-{width}"
+
+
+def _sequence(sixteen: tuple[int, ...], thirty_two: tuple[int, ...]) -> dict[str, Config]:
+    """num_warps of the padded hidden sizes from 16 on, as far as the weights fit."""
+    return {
+        sequence_case(bytes_, size): config(warps, 1, BLOCK_B=16)
+        for bytes_, counts in ((2, sixteen), (4, thirty_two))
+        for size, warps in zip(_SIZES, counts, strict=False)
+    }
+
+
+# The whole sequence in one launch, for the sizes listed: beyond them a multiprocessor's registers
+# and shared memory do not hold the weights, and a launch per step serves.
+SEQUENCE: Mapping[str, Table] = {
+    "lstm": {
+        "sm_80": _sequence((4, 4, 8, 8), (4, 4, 8)),
+        "sm_90": _sequence((4, 4, 8, 8), (4, 4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8), (4, 4, 8)),
+        "gfx942": _sequence((4, 4, 4), (4, 4)),
+        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+    },
+    "gru": {
+        "sm_80": _sequence((4, 4, 8, 8), (4, 4, 8)),
+        "sm_90": _sequence((4, 4, 8, 8), (2, 4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8), (4, 4, 8)),
+        "gfx942": _sequence((4, 4, 4), (4, 4)),
+        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+    },
+    "rnn": {
+        "sm_80": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
+        "sm_90": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
+        "gfx942": _sequence((4, 4, 4, 4), (4, 4, 4)),
+        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+    },
+}
+
+
+def step_case(batch: int, element_size: int) -> str:
+    """``"few"`` sequences, up to 16, or ``"many"``; of how many bits."""
+    return f"{8 * element_size}-" + ("few" if batch <= 16 else "many")
+
+
+def _steps(
+    few: tuple[int, ...], many: tuple[int, ...], few_32: tuple[int, ...], many_32: tuple[int, ...]
+) -> dict[str, Config]:
+    """(BLOCK_B, BLOCK_U, BLOCK_K, num_warps, num_stages) of each case."""
+    return {
+        case: config(warps, stages, BLOCK_B=b, BLOCK_U=u, BLOCK_K=k)
+        for case, (b, u, k, warps, stages) in (
+            ("16-few", few), ("16-many", many), ("32-few", few_32), ("32-many", many_32)
+        )
+    }  # fmt: skip
+
+
+_ONE_TILE = (64, 64, 64, 4, 1)
+_INTERPRETED = _steps(_ONE_TILE, _ONE_TILE, _ONE_TILE, _ONE_TILE)
+
+_WIDE = ((16, 32, 32, 4, 2), (32, 32, 32, 4, 2))
+
+# A product has BLOCK_U columns for each gate.
+STEP_FORWARD: Table = {
+    "sm_80": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
+    "sm_90": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
+    "sm_100": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
+    "gfx942": _steps((16, 32, 64, 4, 2), (64, 32, 64, 4, 2), *_WIDE),
+    "interpret": _INTERPRETED,
+}
+
+# A product has BLOCK_U columns.
+STEP_BACKWARD: Table = {
+    "sm_80": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
+    "sm_90": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
+    "sm_100": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
+    "gfx942": _steps((16, 32, 64, 4, 2), (64, 32, 64, 4, 2), *_WIDE),
+    "interpret": _INTERPRETED,
+}

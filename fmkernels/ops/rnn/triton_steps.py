@@ -1,0 +1,606 @@
+"""One step of an LSTM, GRU or plain recurrent layer in one launch: a product and a cell.
+
+For hidden sizes whose weights do not fit one multiprocessor, and for cells. A program owns BLOCK_B
+sequences by BLOCK_U units of one direction. Forward, the gates of a unit are adjacent columns of
+one product, so that the cell is its epilogue; backward, the product with the step after is the
+prologue of the cell's gradient. Tiles of the weights are read as torch lays them out: a column of
+the product is a row of the weight, contiguous along the sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fmkernels.ops._triton.primitives import dot, sigmoid, tanh
+from fmkernels.ops.rnn.triton_tiles import (
+    activate,
+    direction_of,
+    kept_part,
+    load_bias,
+    load_keep,
+    load_lengths,
+    load_peepholes,
+    lstm_gates,
+    lstm_gates_backward,
+    mix,
+    new_part,
+    rounded_gate,
+    slope,
+    step_time,
+)
+
+
+@triton.jit
+def _add_product(
+    acc,
+    x_ptr,  # first row of the tile
+    x_stride,
+    factors_ptr,  # like x with a row stride of depth, or None
+    w_ptr,  # (gates * HIDDEN, depth)
+    rows,
+    row_mask,
+    first_unit,
+    depth,
+    SLOTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc (BLOCK_B, slots * BLOCK_U) += x w^T; column u * slots + s is slot s of unit u.
+
+    SLOTS names the gate of each slot: "one"; "lstm": i, f, g, o; a GRU keeps the two parts of n
+    apart: "gru_input" fills r, z, n, and "gru_hidden" r, z, and n into the fourth.
+    """
+    COUNT: tl.constexpr = 1 if SLOTS == "one" else 4
+    column = tl.arange(0, COUNT * BLOCK_U)
+    unit = first_unit + column // COUNT
+    gate = column % COUNT
+    known = unit < HIDDEN
+    if SLOTS == "gru_input":
+        known = known & (gate < 3)
+    if SLOTS == "gru_hidden":
+        known = known & (gate != 2)
+        gate = tl.minimum(gate, 2)
+    w_rows = (gate * HIDDEN + unit).to(tl.int64) * depth
+    for k in tl.range(0, depth, BLOCK_K):
+        lanes = k + tl.arange(0, BLOCK_K)
+        inside = row_mask & (lanes < depth)[None, :]
+        x = tl.load(x_ptr + rows * x_stride + lanes[None, :], mask=inside, other=0.0)
+        if factors_ptr is not None:
+            factors = tl.load(factors_ptr + rows * depth + lanes[None, :], mask=inside, other=0.0)
+            x = (x.to(tl.float32) * factors.to(tl.float32)).to(x.dtype)
+        w = tl.load(
+            w_ptr + w_rows[:, None] + lanes[None, :],
+            mask=known[:, None] & (lanes < depth)[None, :],
+            other=0.0,
+        )
+        acc = dot(x, tl.trans(w), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _split_slots(acc, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
+    """The four (BLOCK_B, BLOCK_U) parts of interleaved columns."""
+    even, odd = tl.split(tl.reshape(acc, (BLOCK_B, BLOCK_U, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _place(batch, HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
+    """Direction, first row and first unit of a program."""
+    unit_blocks: tl.constexpr = (HIDDEN + BLOCK_U - 1) // BLOCK_U
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(batch, BLOCK_B)
+    return (
+        pid // unit_blocks // blocks,
+        pid // unit_blocks % blocks * BLOCK_B,
+        pid % unit_blocks * BLOCK_U,
+    )
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def lstm_step_fwd_kernel(
+    x_ptr,
+    pre_ptr,
+    w_ih_ptr,
+    w_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    peephole_ptr,
+    h_ptr,
+    c_ptr,
+    lengths_ptr,
+    mask_ptr,
+    zone_h_ptr,
+    zone_c_ptr,
+    out_ptr,
+    new_h_ptr,
+    new_c_ptr,
+    states_ptr,
+    gates_ptr,
+    cells_ptr,
+    x_stride,
+    pre_strides,  # direction, step, sequence
+    out_strides,  # step, sequence
+    states_strides,
+    step,
+    steps,
+    batch,
+    zoneout,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RECURRENT_ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h, c: (D, B, H) before; new_h, new_c: after. Either pre (W_ih x of all steps) or x, the only
+    step's input (B, FEATURES), which is then projected here."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * HIDDEN)
+    bias_ih_ptr = direction_of(bias_ih_ptr, direction, 4 * HIDDEN)
+    bias_hh_ptr = direction_of(bias_hh_ptr, direction, 4 * HIDDEN)
+    peepholes = load_peepholes(
+        direction_of(peephole_ptr, direction, 3 * HIDDEN), first_unit, HIDDEN, BLOCK_U
+    )
+    acc = tl.zeros((BLOCK_B, 4 * BLOCK_U), tl.float32)
+    if x_ptr is not None:
+        w_ih_ptr = direction_of(w_ih_ptr, direction, 4 * HIDDEN * FEATURES)
+        acc = _add_product(
+            acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES, "lstm",
+            HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    acc = _add_product(
+        acc, h_ptr + direction * size, HIDDEN, direction_of(mask_ptr, direction, size), w_hh_ptr,
+        rows, row_mask, first_unit, HIDDEN, "lstm", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    a_i, a_f, a_g, a_o = _split_slots(acc, BLOCK_B, BLOCK_U)
+    if pre_ptr is not None:
+        pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
+        pre = pre + rows * pre_strides[2] + units
+        a_i += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
+        a_f += tl.load(pre + HIDDEN, mask=inside, other=0.0).to(tl.float32)
+        a_g += tl.load(pre + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+        a_o += tl.load(pre + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    a_i += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
+    a_f += load_bias(bias_ih_ptr, bias_hh_ptr, 1, first_unit, HIDDEN, BLOCK_U)
+    a_g += load_bias(bias_ih_ptr, bias_hh_ptr, 2, first_unit, HIDDEN, BLOCK_U)
+    a_o += load_bias(bias_ih_ptr, bias_hh_ptr, 3, first_unit, HIDDEN, BLOCK_U)
+    offsets = direction * size + rows * HIDDEN + units
+    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
+    c = tl.load(c_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    i, f, g, o, new_c = lstm_gates(
+        a_i, a_f, a_g, a_o, c, peepholes, ACTIVATION, RECURRENT_ACTIVATION
+    )
+    new_h = o * activate(new_c, ACTIVATION)
+    saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + rows
+    saved = saved_row * HIDDEN + units
+    new_h = mix(load_keep(zone_h_ptr, saved, inside, zoneout), h.to(tl.float32), new_h)
+    new_c = mix(load_keep(zone_c_ptr, saved, inside, zoneout), c, new_c)
+    new_h = tl.where(active, new_h.to(DTYPE), h)
+    new_c = tl.where(active, new_c, c)
+    tl.store(new_h_ptr + offsets, new_h, mask=inside)
+    tl.store(new_c_ptr + offsets, new_c.to(new_c_ptr.dtype.element_ty), mask=inside)
+    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
+    visible_c = tl.where(active, new_c, 0.0)
+    if states_ptr is not None:
+        states = states_ptr + t * states_strides[0] + direction * HIDDEN
+        tl.store(states + rows * states_strides[1] + units, visible_c.to(DTYPE), mask=inside)
+    if gates_ptr is not None:
+        gates = gates_ptr + saved_row * (4 * HIDDEN) + units
+        i = rounded_gate(tl.where(active, i, 0.0), RECURRENT_ACTIVATION, DTYPE)
+        f = rounded_gate(tl.where(active, f, 0.0), RECURRENT_ACTIVATION, DTYPE)
+        g = rounded_gate(tl.where(active, g, 0.0), ACTIVATION, DTYPE)
+        o = rounded_gate(tl.where(active, o, 0.0), RECURRENT_ACTIVATION, DTYPE)
+        tl.store(gates, i, mask=inside)
+        tl.store(gates + HIDDEN, f, mask=inside)
+        tl.store(gates + 2 * HIDDEN, g, mask=inside)
+        tl.store(gates + 3 * HIDDEN, o, mask=inside)
+        tl.store(cells_ptr + saved, visible_c, mask=inside)
+
+
+@triton.jit
+def _carried_gradient(
+    dnext_ptr,  # first row of the tile, (B, depth): gradients of the step after
+    w_ptr,  # (depth, HIDDEN)
+    rows,
+    row_mask,
+    units,
+    last,
+    depth: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What reaches the hidden state from the step after: dnext w, (BLOCK_B, BLOCK_U); zeros if
+    the step is the last."""
+    acc = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
+    for k in tl.range(0, tl.where(last, 0, depth), BLOCK_K):
+        lanes = k + tl.arange(0, BLOCK_K)
+        inside = row_mask & (lanes < depth)[None, :]
+        d = tl.load(dnext_ptr + rows * depth + lanes[None, :], mask=inside, other=0.0)
+        w_rows = lanes.to(tl.int64)[:, None] * HIDDEN
+        w = tl.load(
+            w_ptr + w_rows + units, mask=(lanes < depth)[:, None] & (units < HIDDEN), other=0.0
+        )
+        acc = dot(d, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def lstm_step_bwd_kernel(
+    dout_ptr,
+    dstates_ptr,
+    dh_ptr,
+    dc_ptr,
+    w_hh_ptr,
+    peephole_ptr,
+    c0_ptr,
+    lengths_ptr,
+    mask_ptr,
+    zone_h_ptr,
+    zone_c_ptr,
+    gates_ptr,
+    cells_ptr,
+    dgates_ptr,
+    dout_strides,  # step, sequence
+    dstates_strides,
+    step,
+    steps,
+    batch,
+    zoneout,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RECURRENT_ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dh, dc: (D, B, H) fp32, updated in place: of the state after the step, dh without what the
+    step after contributed through W_hh, which is computed here."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    active = t < lengths
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    offsets = direction * size + rows * HIDDEN + units
+    forward = tl.where(direction == 0, 1, -1).to(tl.int64)
+    dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
+    dc = tl.load(dc_ptr + offsets, mask=inside, other=0.0)
+    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * HIDDEN)
+    carried = _carried_gradient(
+        dgates_ptr + (first_row + forward * batch) * (4 * HIDDEN), w_hh_ptr, rows, row_mask,
+        units, step == steps - 1, 4 * HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if mask_ptr is not None:
+        carried *= tl.load(mask_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dh += carried
+    saved = (first_row + rows) * HIDDEN + units
+    gates = gates_ptr + (first_row + rows) * (4 * HIDDEN) + units
+    i = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    f = tl.load(gates + HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gates + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(gates + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    starts = step == 0
+    if lengths_ptr is not None:
+        starts = starts | ((direction == 1) & (t == lengths - 1))
+    c0 = tl.load(c0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(cells_ptr + saved - forward * size, mask=inside & (step > 0), other=0.0)
+    before = tl.where(starts, c0, before)
+    keep_h = load_keep(zone_h_ptr, saved, inside, zoneout)
+    keep_c = load_keep(zone_c_ptr, saved, inside, zoneout)
+    if keep_c is None:
+        cell = tl.load(cells_ptr + saved, mask=inside, other=0.0)
+    else:
+        cell = f * before + i * g  # what was saved is mixed
+    peepholes = load_peepholes(
+        direction_of(peephole_ptr, direction, 3 * HIDDEN), first_unit, HIDDEN, BLOCK_U
+    )
+    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    total_h = dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)
+    total_c = dc
+    if dstates_ptr is not None:
+        dstates = dstates_ptr + t * dstates_strides[0] + direction * HIDDEN
+        dstates = dstates + rows * dstates_strides[1] + units
+        total_c = dc + tl.load(dstates, mask=inside, other=0.0).to(tl.float32)
+    dgated = new_part(keep_h, total_h)
+    squashed = activate(cell, ACTIVATION)
+    through = dgated * o * slope(squashed, ACTIVATION) + new_part(keep_c, total_c)
+    di, df, dg, do, carried_c = lstm_gates_backward(
+        i, f, g, o, before, dgated * squashed, through, peepholes, ACTIVATION,
+        RECURRENT_ACTIVATION,
+    )  # fmt: skip
+    dgates = dgates_ptr + (first_row + rows) * (4 * HIDDEN) + units
+    tl.store(dgates, tl.where(active, di, 0.0).to(DTYPE), mask=inside)
+    tl.store(dgates + HIDDEN, tl.where(active, df, 0.0).to(DTYPE), mask=inside)
+    tl.store(dgates + 2 * HIDDEN, tl.where(active, dg, 0.0).to(DTYPE), mask=inside)
+    tl.store(dgates + 3 * HIDDEN, tl.where(active, do, 0.0).to(DTYPE), mask=inside)
+    tl.store(dh_ptr + offsets, tl.where(active, kept_part(keep_h, total_h), dh), mask=inside)
+    carried_c += kept_part(keep_c, total_c)
+    tl.store(dc_ptr + offsets, tl.where(active, carried_c, dc), mask=inside)
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def gru_step_fwd_kernel(
+    x_ptr,
+    pre_ptr,
+    w_ih_ptr,
+    w_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_ptr,
+    lengths_ptr,
+    out_ptr,
+    new_h_ptr,
+    gates_ptr,
+    x_stride,
+    pre_strides,  # direction, step, sequence
+    out_strides,  # step, sequence
+    step,
+    steps,
+    batch,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`lstm_step_fwd_kernel`."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
+    bias_ih_ptr = direction_of(bias_ih_ptr, direction, 3 * HIDDEN)
+    bias_hh_ptr = direction_of(bias_hh_ptr, direction, 3 * HIDDEN)
+    acc = tl.zeros((BLOCK_B, 4 * BLOCK_U), tl.float32)
+    if x_ptr is not None:
+        w_ih_ptr = direction_of(w_ih_ptr, direction, 3 * HIDDEN * FEATURES)
+        acc = _add_product(
+            acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES,
+            "gru_input", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    acc = _add_product(
+        acc, h_ptr + direction * size, HIDDEN, None, w_hh_ptr, rows, row_mask, first_unit, HIDDEN,
+        "gru_hidden", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    a_r, a_z, x_n, h_n = _split_slots(acc, BLOCK_B, BLOCK_U)
+    if pre_ptr is not None:
+        pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
+        pre = pre + rows * pre_strides[2] + units
+        a_r += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
+        a_z += tl.load(pre + HIDDEN, mask=inside, other=0.0).to(tl.float32)
+        x_n += tl.load(pre + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    a_r += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
+    a_z += load_bias(bias_ih_ptr, bias_hh_ptr, 1, first_unit, HIDDEN, BLOCK_U)
+    x_n += load_bias(bias_ih_ptr, None, 2, first_unit, HIDDEN, BLOCK_U)
+    h_n += load_bias(bias_hh_ptr, None, 2, first_unit, HIDDEN, BLOCK_U)
+    offsets = direction * size + rows * HIDDEN + units
+    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
+    r = sigmoid(a_r)
+    z = sigmoid(a_z)
+    n = tanh(x_n + r * h_n)
+    new_h = n + z * (h.to(tl.float32) - n)
+    new_h = tl.where(active, new_h.to(DTYPE), h)
+    tl.store(new_h_ptr + offsets, new_h, mask=inside)
+    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
+    if gates_ptr is not None:
+        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + rows
+        gates = gates_ptr + saved_row * (4 * HIDDEN) + units
+        tl.store(gates, tl.where(active, r, 0.0).to(DTYPE), mask=inside)
+        tl.store(gates + HIDDEN, tl.where(active, z, 0.0).to(DTYPE), mask=inside)
+        tl.store(gates + 2 * HIDDEN, tl.where(active, n, 0.0).to(DTYPE), mask=inside)
+        tl.store(gates + 3 * HIDDEN, tl.where(active, h_n, 0.0).to(DTYPE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def gru_step_bwd_kernel(
+    dout_ptr,
+    dh_ptr,
+    w_hh_ptr,
+    h0_ptr,
+    lengths_ptr,
+    out_ptr,
+    gates_ptr,
+    dprojected_ptr,
+    drecurrent_ptr,
+    dout_strides,  # step, sequence
+    out_strides,
+    step,
+    steps,
+    batch,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`lstm_step_bwd_kernel`; dprojected and drecurrent as in the sequence kernel."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    active = t < lengths
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    offsets = direction * size + rows * HIDDEN + units
+    forward = tl.where(direction == 0, 1, -1).to(tl.int64)
+    dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
+    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
+    dh += _carried_gradient(
+        drecurrent_ptr + (first_row + forward * batch) * (3 * HIDDEN), w_hh_ptr, rows, row_mask,
+        units, step == steps - 1, 3 * HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    gates = gates_ptr + (first_row + rows) * (4 * HIDDEN) + units
+    r = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(gates + HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    n = tl.load(gates + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    h_n = tl.load(gates + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+    starts = step == 0
+    if lengths_ptr is not None:
+        starts = starts | ((direction == 1) & (t == lengths - 1))
+    h0 = tl.load(h0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + (t - forward) * out_strides[0] + direction * HIDDEN
+    before = tl.load(out + rows * out_strides[1] + units, mask=inside & (step > 0), other=0.0).to(
+        tl.float32
+    )
+    before = tl.where(starts, h0, before)
+    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    total = dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)
+    dn = tl.where(active, total * (1.0 - z) * (1.0 - n * n), 0.0)
+    dz = tl.where(active, total * (before - n) * z * (1.0 - z), 0.0)
+    dr = dn * h_n * r * (1.0 - r)
+    targets = (first_row + rows) * (3 * HIDDEN) + units
+    tl.store(dprojected_ptr + targets, dr.to(DTYPE), mask=inside)
+    tl.store(dprojected_ptr + targets + HIDDEN, dz.to(DTYPE), mask=inside)
+    tl.store(dprojected_ptr + targets + 2 * HIDDEN, dn.to(DTYPE), mask=inside)
+    tl.store(drecurrent_ptr + targets, dr.to(DTYPE), mask=inside)
+    tl.store(drecurrent_ptr + targets + HIDDEN, dz.to(DTYPE), mask=inside)
+    tl.store(drecurrent_ptr + targets + 2 * HIDDEN, (dn * r).to(DTYPE), mask=inside)
+    tl.store(dh_ptr + offsets, tl.where(active, total * z, dh), mask=inside)
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def rnn_step_fwd_kernel(
+    x_ptr,
+    pre_ptr,
+    w_ih_ptr,
+    w_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_ptr,
+    lengths_ptr,
+    out_ptr,
+    new_h_ptr,
+    x_stride,
+    pre_strides,  # direction, step, sequence
+    out_strides,  # step, sequence
+    step,
+    steps,
+    batch,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`lstm_step_fwd_kernel`."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
+    bias_ih_ptr = direction_of(bias_ih_ptr, direction, HIDDEN)
+    bias_hh_ptr = direction_of(bias_hh_ptr, direction, HIDDEN)
+    acc = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
+    if x_ptr is not None:
+        w_ih_ptr = direction_of(w_ih_ptr, direction, HIDDEN * FEATURES)
+        acc = _add_product(
+            acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES, "one",
+            HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    acc = _add_product(
+        acc, h_ptr + direction * size, HIDDEN, None, w_hh_ptr, rows, row_mask, first_unit, HIDDEN,
+        "one", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if pre_ptr is not None:
+        pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
+        pre = pre + rows * pre_strides[2] + units
+        acc += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
+    acc += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
+    offsets = direction * size + rows * HIDDEN + units
+    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
+    new_h = tl.where(active, activate(acc, ACTIVATION).to(DTYPE), h)
+    tl.store(new_h_ptr + offsets, new_h, mask=inside)
+    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["step", "steps", "batch"])
+def rnn_step_bwd_kernel(
+    dout_ptr,
+    dh_ptr,
+    w_hh_ptr,
+    lengths_ptr,
+    out_ptr,
+    dsums_ptr,
+    dout_strides,  # step, sequence
+    out_strides,
+    step,
+    steps,
+    batch,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`lstm_step_bwd_kernel`; dsums as in the sequence kernel."""
+    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
+    row_mask = rows < batch
+    inside = row_mask & (units < HIDDEN)
+    t = tl.cast(step_time(step, steps, direction), tl.int64)
+    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    offsets = direction * size + rows * HIDDEN + units
+    forward = tl.where(direction == 0, 1, -1).to(tl.int64)
+    dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
+    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
+    dh += _carried_gradient(
+        dsums_ptr + (first_row + forward * batch) * HIDDEN, w_hh_ptr, rows, row_mask, units,
+        step == steps - 1, HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    y = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    dsums = (dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)) * slope(y, ACTIVATION)
+    dsums = tl.where(active, dsums, 0.0).to(DTYPE)
+    tl.store(dsums_ptr + (first_row + rows) * HIDDEN + units, dsums, mask=inside)
+    tl.store(dh_ptr + offsets, tl.where(active, 0.0, dh), mask=inside)
