@@ -17,7 +17,7 @@ from fmkernels.ops.attention.schema import Options
 KERNELS = (
     Kernel("attention_fwd_kernel", configs.FORWARD, matrix=True),
     Kernel("attention_bwd_preprocess_kernel", configs.STREAM),
-    Kernel("attention_bwd_dkdv_kernel", configs.KEYS_VALUES, matrix=True),
+    Kernel("attention_bwd_dkdv_kernel", configs.KEYS_VALUES, matrix=True, m_block="BLOCK_N"),
     Kernel("attention_bwd_dq_kernel", configs.QUERIES, matrix=True),
     Kernel("attention_bwd_dmask_kernel", configs.MASK, matrix=True),
     Kernel("attention_decode_kernel", configs.DECODE, matrix=True),

@@ -59,7 +59,10 @@ class _Problem:
 
     def config(self, table: Table) -> Config:
         wider = max(self.constants["BLOCK_D"], self.constants["BLOCK_E"])
-        return table[architecture()][configs.case(self.query.element_size(), wider)]
+        given = self.options
+        rich = given.attn_mask is not None or given.alibi_slopes is not None
+        rich = rich or given.softcap > 0.0 or given.dropout_p > 0.0
+        return table[architecture()][configs.case(self.query.element_size(), wider, rich)]
 
     def blocks(self, rows: int, block: int) -> int:
         """As count_blocks counts them."""

@@ -1,9 +1,10 @@
 """Launch configurations of the attention kernels, per chip and case.
 
-A case is the operands' width in bits and the padded head width, ``"16-128"``. Every entry
-compiles without a spill for that chip with aligned strides, fits its shared and tensor memory, and
-uses its matrix unit; ``python benchmarks/gpu_static.py`` prints the evidence. They were chosen
-from compiled code (registers, occupancy), not from timings: no GPU was at hand.
+A case is the operands' width in bits and the padded head width, ``"16-128"`` or, for scores that
+are more than products, ``"16-128-rich"``. Every entry compiles without a spill for that chip with
+aligned strides, fits its shared and tensor memory, and uses its matrix unit; ``python
+benchmarks/gpu_static.py`` prints the evidence. They were chosen from compiled code (registers,
+occupancy), not from timings: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -13,81 +14,152 @@ from collections.abc import Mapping
 from fmkernels.ops._triton.launch import Config, Table, config
 
 _WIDTHS = (64, 128, 256, 512)
+_Tile = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
 
 
-def _rows(
-    bits: int, *tiles: tuple[int, int, int, int], waves_per_eu: int = 0
+def case(element_size: int, width: int, rich: bool = False) -> str:
+    """The key of a table's inner mapping.
+
+    Args:
+        width: the wider of the padded head widths.
+        rich: whether the scores pass through a mask, softcap, ALiBi or dropout, whose operands
+            take registers from the tile.
+    """
+    return f"{8 * element_size}-{max(_WIDTHS[0], width)}" + ("-rich" if rich else "")
+
+
+def _cases(
+    element_size: int, plain: tuple[_Tile, ...], rich: tuple[_Tile, ...]
 ) -> dict[str, Config]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages) of each head width."""
-    return {
-        f"{bits}-{width}": config(warps, stages, waves_per_eu, BLOCK_M=m, BLOCK_N=n)
-        for width, (m, n, warps, stages) in zip(_WIDTHS, tiles, strict=True)
-    }
+    """A tile for each head width; rich ones may stop early, where the plain ones serve them."""
+    found = {}
+    for index, width in enumerate(_WIDTHS):
+        for is_rich, tiles in ((False, plain), (True, rich)):
+            m, n, warps, stages = tiles[index] if index < len(tiles) else plain[index]
+            key = case(element_size, width, is_rich)
+            found[key] = config(warps, stages, BLOCK_M=m, BLOCK_N=n)
+    return found
 
 
 def _interpreted(m: int, n: int) -> dict[str, Config]:
-    return {
-        case: config(4, 1, BLOCK_M=m, BLOCK_N=n)
-        for bits in (16, 32)
-        for case in (f"{bits}-{width}" for width in _WIDTHS)
-    }
+    tiles = ((m, n, 4, 1),) * len(_WIDTHS)
+    return _cases(2, tiles, tiles) | _cases(4, tiles, tiles)
 
+
+_TINY = (16, 16, 4, 1)
+_SMALL = (32, 32, 4, 1)
+_FULL_PRECISION = ((32, 32, 4, 1), (32, 16, 4, 1), _TINY, _TINY)
 
 FORWARD: Table = {
-    "sm_80": _rows(16, (128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2), (16, 32, 4, 1))
-    | _rows(32, (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_90": _rows(16, (128, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 2), (16, 32, 4, 1))
-    | _rows(32, (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_100": _rows(16, (128, 64, 4, 2), (128, 128, 8, 2), (128, 32, 8, 2), (16, 32, 4, 1))
-    | _rows(32, (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "gfx942": _rows(16, (128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 1), (16, 16, 4, 1))
-    | _rows(32, (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    "sm_80": _cases(
+        2,
+        ((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 1), (16, 32, 4, 1)),
+        ((64, 32, 4, 1), (64, 32, 8, 1), _SMALL, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_90": _cases(
+        2,
+        ((128, 64, 4, 2), (128, 128, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
+        ((128, 64, 8, 2), (128, 64, 8, 2), _SMALL, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_100": _cases(
+        2,
+        ((128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
+        ((64, 64, 8, 2), (64, 64, 8, 2), _SMALL, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "gfx942": _cases(
+        2,
+        ((128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), _TINY),
+        ((64, 32, 4, 1), (64, 32, 4, 1), _SMALL, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
     "interpret": _interpreted(64, 64),
 }
 
 KEYS_VALUES: Table = {
-    "sm_80": _rows(16, (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_90": _rows(16, (64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_100": _rows(16, (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "gfx942": _rows(16, (64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 1), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "sm_80": _cases(
+        2,
+        ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_90": _cases(
+        2,
+        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_100": _cases(
+        2,
+        ((64, 128, 8, 2), (64, 128, 8, 2), (16, 32, 4, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "gfx942": _cases(
+        2,
+        ((64, 64, 4, 2), (32, 64, 4, 1), _TINY, _TINY),
+        (_SMALL, _SMALL, _TINY, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
     "interpret": _interpreted(64, 64),
 }
 
 QUERIES: Table = {
-    "sm_80": _rows(16, (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_90": _rows(16, (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "sm_100": _rows(16, (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    "gfx942": _rows(16, (128, 64, 8, 2), (128, 32, 8, 2), (64, 16, 8, 1), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "sm_80": _cases(
+        2,
+        ((64, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_90": _cases(
+        2,
+        ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "sm_100": _cases(
+        2,
+        ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), _TINY),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
+    "gfx942": _cases(
+        2,
+        ((64, 64, 4, 1), (64, 32, 4, 1), _TINY, _TINY),
+        (_SMALL, _SMALL, _TINY, _TINY),
+    )
+    | _cases(4, _FULL_PRECISION, ()),
     "interpret": _interpreted(64, 64),
 }
 
-# The same tiles as the queries' kernel, smaller: the sum over a tile is held in registers too.
+# The sum over a tile is held in registers too. A mask is always there: only rich cases.
 MASK: Table = {
-    arch: _rows(16, (64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1))
-    | _rows(32, (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))
+    arch: {
+        case(size, width, True): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
+        for size, tiles in (
+            (2, (_SMALL, _SMALL, _TINY, _TINY)),
+            (4, _FULL_PRECISION),
+        )
+        for width, tile in zip(_WIDTHS, tiles, strict=True)
+    }
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
 } | {"interpret": _interpreted(64, 64)}
 
 # Rows are queries times the heads of a group; 16 is the least that a matrix instruction takes.
+_DECODE_WIDE = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1))
 DECODE: Table = {
-    "sm_80": _rows(16, (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2), (16, 16, 4, 1))
-    | _rows(32, (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
-    "sm_90": _rows(16, (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2), (16, 16, 4, 1))
-    | _rows(32, (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
-    "sm_100": _rows(16, (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2), (16, 16, 4, 1))
-    | _rows(32, (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
-    "gfx942": _rows(16, (16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
-    | _rows(32, (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    "interpret": _interpreted(16, 64),
-}
+    arch: {
+        case(size, width): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
+        for size, tiles in (
+            (2, ((16, 64, 4, stages), (16, 64, 4, stages), (16, 32, 4, 1), (16, 16, 4, 1))),
+            (4, _DECODE_WIDE),
+        )
+        for width, tile in zip(_WIDTHS, tiles, strict=True)
+    }
+    for arch, stages in (("sm_80", 3), ("sm_90", 3), ("sm_100", 3), ("gfx942", 1))
+} | {"interpret": _interpreted(16, 64)}
 
 # Kernels that only stream rows.
 STREAM: Mapping[str, Config] = {
@@ -97,8 +169,3 @@ STREAM: Mapping[str, Config] = {
 MERGE: Mapping[str, Config] = {
     arch: config(4, 1) for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpret")
 }
-
-
-def case(element_size: int, width: int) -> str:
-    """The key of a table's inner mapping; ``width``: the wider of the padded head widths."""
-    return f"{8 * element_size}-{max(_WIDTHS[0], width)}"

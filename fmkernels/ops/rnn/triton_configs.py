@@ -88,9 +88,9 @@ STEP_FORWARD: Table = {
 
 # A product has BLOCK_U columns.
 STEP_BACKWARD: Table = {
-    "sm_80": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
-    "sm_90": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
-    "sm_100": _steps((16, 32, 64, 4, 4), (64, 64, 64, 4, 3), *_WIDE),
+    "sm_80": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
+    "sm_90": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
+    "sm_100": _steps((16, 32, 64, 4, 4), (64, 32, 64, 4, 3), *_WIDE),
     "gfx942": _steps((16, 32, 64, 4, 2), (64, 32, 64, 4, 2), *_WIDE),
     "interpret": _INTERPRETED,
 }

@@ -1,4 +1,4 @@
-"""One step of an LSTM, GRU or plain recurrent layer in one launch: a product and a cell.
+"""One step of a recurrent layer in one launch: the product and the cell; here the LSTM's.
 
 For hidden sizes whose weights do not fit one multiprocessor, and for cells. A program owns BLOCK_B
 sequences by BLOCK_U units of one direction. Forward, the gates of a unit are adjacent columns of
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fmkernels.ops._triton.primitives import dot, sigmoid, tanh
+from fmkernels.ops._triton.primitives import dot
 from fmkernels.ops.rnn.triton_tiles import (
     activate,
     direction_of,
@@ -32,7 +32,7 @@ from fmkernels.ops.rnn.triton_tiles import (
 
 
 @triton.jit
-def _add_product(
+def add_product(
     acc,
     x_ptr,  # first row of the tile
     x_stride,
@@ -81,7 +81,7 @@ def _add_product(
 
 
 @triton.jit
-def _split_slots(acc, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
+def split_slots(acc, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
     """The four (BLOCK_B, BLOCK_U) parts of interleaved columns."""
     even, odd = tl.split(tl.reshape(acc, (BLOCK_B, BLOCK_U, 2, 2)))
     first, third = tl.split(even)
@@ -90,7 +90,7 @@ def _split_slots(acc, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
 
 
 @triton.jit
-def _place(batch, HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
+def place(batch, HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
     """Direction, first row and first unit of a program."""
     unit_blocks: tl.constexpr = (HIDDEN + BLOCK_U - 1) // BLOCK_U
     pid = tl.program_id(0)
@@ -142,7 +142,7 @@ def lstm_step_fwd_kernel(
 ):
     """h, c: (D, B, H) before; new_h, new_c: after. Either pre (W_ih x of all steps) or x, the only
     step's input (B, FEATURES), which is then projected here."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     units = first_unit + tl.arange(0, BLOCK_U)[None, :]
@@ -160,15 +160,15 @@ def lstm_step_fwd_kernel(
     acc = tl.zeros((BLOCK_B, 4 * BLOCK_U), tl.float32)
     if x_ptr is not None:
         w_ih_ptr = direction_of(w_ih_ptr, direction, 4 * HIDDEN * FEATURES)
-        acc = _add_product(
+        acc = add_product(
             acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES, "lstm",
             HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
         )  # fmt: skip
-    acc = _add_product(
+    acc = add_product(
         acc, h_ptr + direction * size, HIDDEN, direction_of(mask_ptr, direction, size), w_hh_ptr,
         rows, row_mask, first_unit, HIDDEN, "lstm", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
     )  # fmt: skip
-    a_i, a_f, a_g, a_o = _split_slots(acc, BLOCK_B, BLOCK_U)
+    a_i, a_f, a_g, a_o = split_slots(acc, BLOCK_B, BLOCK_U)
     if pre_ptr is not None:
         pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
         pre = pre + rows * pre_strides[2] + units
@@ -215,7 +215,7 @@ def lstm_step_fwd_kernel(
 
 
 @triton.jit
-def _carried_gradient(
+def carried_gradient(
     dnext_ptr,  # first row of the tile, (B, depth): gradients of the step after
     w_ptr,  # (depth, HIDDEN)
     rows,
@@ -276,7 +276,7 @@ def lstm_step_bwd_kernel(
 ):
     """dh, dc: (D, B, H) fp32, updated in place: of the state after the step, dh without what the
     step after contributed through W_hh, which is computed here."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
+    direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     units = first_unit + tl.arange(0, BLOCK_U)[None, :]
@@ -292,7 +292,7 @@ def lstm_step_bwd_kernel(
     dc = tl.load(dc_ptr + offsets, mask=inside, other=0.0)
     first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
     w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * HIDDEN)
-    carried = _carried_gradient(
+    carried = carried_gradient(
         dgates_ptr + (first_row + forward * batch) * (4 * HIDDEN), w_hh_ptr, rows, row_mask,
         units, step == steps - 1, 4 * HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
     )  # fmt: skip
@@ -342,265 +342,3 @@ def lstm_step_bwd_kernel(
     tl.store(dh_ptr + offsets, tl.where(active, kept_part(keep_h, total_h), dh), mask=inside)
     carried_c += kept_part(keep_c, total_c)
     tl.store(dc_ptr + offsets, tl.where(active, carried_c, dc), mask=inside)
-
-
-@triton.jit(do_not_specialize=["step", "steps", "batch"])
-def gru_step_fwd_kernel(
-    x_ptr,
-    pre_ptr,
-    w_ih_ptr,
-    w_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    h_ptr,
-    lengths_ptr,
-    out_ptr,
-    new_h_ptr,
-    gates_ptr,
-    x_stride,
-    pre_strides,  # direction, step, sequence
-    out_strides,  # step, sequence
-    step,
-    steps,
-    batch,
-    FEATURES: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """As :func:`lstm_step_fwd_kernel`."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
-    t = tl.cast(step_time(step, steps, direction), tl.int64)
-    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    size = tl.cast(batch, tl.int64) * HIDDEN
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
-    bias_ih_ptr = direction_of(bias_ih_ptr, direction, 3 * HIDDEN)
-    bias_hh_ptr = direction_of(bias_hh_ptr, direction, 3 * HIDDEN)
-    acc = tl.zeros((BLOCK_B, 4 * BLOCK_U), tl.float32)
-    if x_ptr is not None:
-        w_ih_ptr = direction_of(w_ih_ptr, direction, 3 * HIDDEN * FEATURES)
-        acc = _add_product(
-            acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES,
-            "gru_input", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    acc = _add_product(
-        acc, h_ptr + direction * size, HIDDEN, None, w_hh_ptr, rows, row_mask, first_unit, HIDDEN,
-        "gru_hidden", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    a_r, a_z, x_n, h_n = _split_slots(acc, BLOCK_B, BLOCK_U)
-    if pre_ptr is not None:
-        pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
-        pre = pre + rows * pre_strides[2] + units
-        a_r += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
-        a_z += tl.load(pre + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-        x_n += tl.load(pre + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    a_r += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
-    a_z += load_bias(bias_ih_ptr, bias_hh_ptr, 1, first_unit, HIDDEN, BLOCK_U)
-    x_n += load_bias(bias_ih_ptr, None, 2, first_unit, HIDDEN, BLOCK_U)
-    h_n += load_bias(bias_hh_ptr, None, 2, first_unit, HIDDEN, BLOCK_U)
-    offsets = direction * size + rows * HIDDEN + units
-    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
-    r = sigmoid(a_r)
-    z = sigmoid(a_z)
-    n = tanh(x_n + r * h_n)
-    new_h = n + z * (h.to(tl.float32) - n)
-    new_h = tl.where(active, new_h.to(DTYPE), h)
-    tl.store(new_h_ptr + offsets, new_h, mask=inside)
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
-    tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
-    if gates_ptr is not None:
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + rows
-        gates = gates_ptr + saved_row * (4 * HIDDEN) + units
-        tl.store(gates, tl.where(active, r, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + HIDDEN, tl.where(active, z, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + 2 * HIDDEN, tl.where(active, n, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + 3 * HIDDEN, tl.where(active, h_n, 0.0).to(DTYPE), mask=inside)
-
-
-@triton.jit(do_not_specialize=["step", "steps", "batch"])
-def gru_step_bwd_kernel(
-    dout_ptr,
-    dh_ptr,
-    w_hh_ptr,
-    h0_ptr,
-    lengths_ptr,
-    out_ptr,
-    gates_ptr,
-    dprojected_ptr,
-    drecurrent_ptr,
-    dout_strides,  # step, sequence
-    out_strides,
-    step,
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """As :func:`lstm_step_bwd_kernel`; dprojected and drecurrent as in the sequence kernel."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
-    t = tl.cast(step_time(step, steps, direction), tl.int64)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    active = t < lengths
-    size = tl.cast(batch, tl.int64) * HIDDEN
-    offsets = direction * size + rows * HIDDEN + units
-    forward = tl.where(direction == 0, 1, -1).to(tl.int64)
-    dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
-    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
-    dh += _carried_gradient(
-        drecurrent_ptr + (first_row + forward * batch) * (3 * HIDDEN), w_hh_ptr, rows, row_mask,
-        units, step == steps - 1, 3 * HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    gates = gates_ptr + (first_row + rows) * (4 * HIDDEN) + units
-    r = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(gates + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    n = tl.load(gates + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    h_n = tl.load(gates + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    starts = step == 0
-    if lengths_ptr is not None:
-        starts = starts | ((direction == 1) & (t == lengths - 1))
-    h0 = tl.load(h0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    out = out_ptr + (t - forward) * out_strides[0] + direction * HIDDEN
-    before = tl.load(out + rows * out_strides[1] + units, mask=inside & (step > 0), other=0.0).to(
-        tl.float32
-    )
-    before = tl.where(starts, h0, before)
-    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
-    total = dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)
-    dn = tl.where(active, total * (1.0 - z) * (1.0 - n * n), 0.0)
-    dz = tl.where(active, total * (before - n) * z * (1.0 - z), 0.0)
-    dr = dn * h_n * r * (1.0 - r)
-    targets = (first_row + rows) * (3 * HIDDEN) + units
-    tl.store(dprojected_ptr + targets, dr.to(DTYPE), mask=inside)
-    tl.store(dprojected_ptr + targets + HIDDEN, dz.to(DTYPE), mask=inside)
-    tl.store(dprojected_ptr + targets + 2 * HIDDEN, dn.to(DTYPE), mask=inside)
-    tl.store(drecurrent_ptr + targets, dr.to(DTYPE), mask=inside)
-    tl.store(drecurrent_ptr + targets + HIDDEN, dz.to(DTYPE), mask=inside)
-    tl.store(drecurrent_ptr + targets + 2 * HIDDEN, (dn * r).to(DTYPE), mask=inside)
-    tl.store(dh_ptr + offsets, tl.where(active, total * z, dh), mask=inside)
-
-
-@triton.jit(do_not_specialize=["step", "steps", "batch"])
-def rnn_step_fwd_kernel(
-    x_ptr,
-    pre_ptr,
-    w_ih_ptr,
-    w_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    h_ptr,
-    lengths_ptr,
-    out_ptr,
-    new_h_ptr,
-    x_stride,
-    pre_strides,  # direction, step, sequence
-    out_strides,  # step, sequence
-    step,
-    steps,
-    batch,
-    FEATURES: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """As :func:`lstm_step_fwd_kernel`."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
-    t = tl.cast(step_time(step, steps, direction), tl.int64)
-    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    size = tl.cast(batch, tl.int64) * HIDDEN
-    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
-    bias_ih_ptr = direction_of(bias_ih_ptr, direction, HIDDEN)
-    bias_hh_ptr = direction_of(bias_hh_ptr, direction, HIDDEN)
-    acc = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
-    if x_ptr is not None:
-        w_ih_ptr = direction_of(w_ih_ptr, direction, HIDDEN * FEATURES)
-        acc = _add_product(
-            acc, x_ptr, x_stride, None, w_ih_ptr, rows, row_mask, first_unit, FEATURES, "one",
-            HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    acc = _add_product(
-        acc, h_ptr + direction * size, HIDDEN, None, w_hh_ptr, rows, row_mask, first_unit, HIDDEN,
-        "one", HIDDEN, BLOCK_U, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    if pre_ptr is not None:
-        pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
-        pre = pre + rows * pre_strides[2] + units
-        acc += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
-    acc += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
-    offsets = direction * size + rows * HIDDEN + units
-    h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
-    new_h = tl.where(active, activate(acc, ACTIVATION).to(DTYPE), h)
-    tl.store(new_h_ptr + offsets, new_h, mask=inside)
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
-    tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
-
-
-@triton.jit(do_not_specialize=["step", "steps", "batch"])
-def rnn_step_bwd_kernel(
-    dout_ptr,
-    dh_ptr,
-    w_hh_ptr,
-    lengths_ptr,
-    out_ptr,
-    dsums_ptr,
-    dout_strides,  # step, sequence
-    out_strides,
-    step,
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """As :func:`lstm_step_bwd_kernel`; dsums as in the sequence kernel."""
-    direction, first, first_unit = _place(batch, HIDDEN, BLOCK_B, BLOCK_U)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
-    t = tl.cast(step_time(step, steps, direction), tl.int64)
-    active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    size = tl.cast(batch, tl.int64) * HIDDEN
-    offsets = direction * size + rows * HIDDEN + units
-    forward = tl.where(direction == 0, 1, -1).to(tl.int64)
-    dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
-    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
-    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
-    dh += _carried_gradient(
-        dsums_ptr + (first_row + forward * batch) * HIDDEN, w_hh_ptr, rows, row_mask, units,
-        step == steps - 1, HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
-    y = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
-    dsums = (dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)) * slope(y, ACTIVATION)
-    dsums = tl.where(active, dsums, 0.0).to(DTYPE)
-    tl.store(dsums_ptr + (first_row + rows) * HIDDEN + units, dsums, mask=inside)
-    tl.store(dh_ptr + offsets, tl.where(active, 0.0, dh), mask=inside)
