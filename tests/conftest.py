@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch  # noqa: E402
 
 from fmkernels import UnsupportedError  # noqa: E402
+from fmkernels.ops._triton import support  # noqa: E402
+from fmkernels.ops._triton.guarded import guarded_kernels  # noqa: E402
 
 # The same examples on every run: a red test is red for everyone.
 hypothesis.settings.register_profile("fmkernels", deadline=None, derandomize=True)
@@ -57,3 +59,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interpreted kernels get their tensors in larger, poisoned buffers, and stay inside."""
+    if support.INTERPRETING and request.node.get_closest_marker("interpret"):
+        with guarded_kernels():
+            yield
+    else:
+        yield

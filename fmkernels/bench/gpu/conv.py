@@ -93,43 +93,49 @@ def _max_pool(shape: tuple[int, ...]) -> Callable[[torch.dtype], None]:
 
 _BLOCK = (32, 64, 56, 56)
 _POOL = {"activation": "relu", "pool": "max", "window": (2, 2, 2, 2, 0, 0)}
-_HALF = ("bf16", "fp16")
+_BF16 = ("bf16",)
 
 CASES = (
     # A block of a CNN, of ResNet-50 (3x3 in its third stage, 1x1, the strided one), its stem.
     Case("block_pool", _conv(_BLOCK, 128, 3, scale=True, **_POOL)),
-    Case("resnet_3x3", _conv((32, 256, 14, 14), 256, 3, scale=True, activation="relu")),
+    Case(
+        "resnet_3x3",
+        _conv((32, 256, 14, 14), 256, 3, scale=True, activation="relu"),
+        dtypes=_BF16,
+    ),
     Case(
         "resnet_1x1",
         _conv((32, 256, 56, 56), 64, 1, residual=True, activation="gelu"),
-        dtypes=_HALF,
+        dtypes=_BF16,
     ),
-    Case("stride_2", _conv((32, 256, 28, 28), 512, 3, stride=2), dtypes=_HALF),
-    Case("stem", _conv((32, 16, 224, 224), 64, 7, stride=2, activation="relu"), dtypes=("bf16",)),
-    Case("narrow", _conv((32, 64, 112, 112), 32, 3, activation="silu"), dtypes=_HALF),
-    Case("grouped", _conv((32, 256, 28, 28), 256, 3, groups=16, activation="relu"), dtypes=_HALF),
-    Case("depthwise", _conv((32, 256, 28, 28), 256, 3, groups=256, activation="hardswish")),
+    Case("stride_2", _conv((32, 256, 28, 28), 512, 3, stride=2), dtypes=_BF16),
+    Case("stem", _conv((32, 16, 224, 224), 64, 7, stride=2, activation="relu"), dtypes=_BF16),
+    Case("narrow", _conv((32, 64, 112, 112), 32, 3, activation="silu"), dtypes=_BF16),
+    Case("grouped", _conv((32, 256, 28, 28), 256, 3, groups=16, activation="relu"), dtypes=_BF16),
+    Case(
+        "depthwise",
+        _conv((32, 256, 28, 28), 256, 3, groups=256, activation="hardswish"),
+        dtypes=("bf16", "fp32"),
+    ),
     Case(
         "causal_1d",
         _conv((8, 2048, 4096), 2048, 4, padding=(3, 0), groups=2048, activation="silu"),
     ),
-    Case("audio_1d", _conv((16, 256, 4096), 256, 5, activation="gelu"), dtypes=_HALF),
-    Case("video_3d", _conv((4, 64, 16, 56, 56), 64, 3), dtypes=("bf16",)),
+    Case("audio_1d", _conv((16, 256, 4096), 256, 5, activation="gelu"), dtypes=_BF16),
+    Case("video_3d", _conv((4, 64, 16, 56, 56), 64, 3), dtypes=_BF16),
     Case(
         "transposed",
         _conv((16, 256, 28, 28), 128, 4, stride=2, padding=(1, 1), transposed=True),
-        dtypes=_HALF,
+        dtypes=_BF16,
     ),
     Case("pool_3x3", _max_pool(_BLOCK), dtypes=("bf16", "fp32")),
     Case("fp64", _conv((4, 64, 28, 28), 64, 3, activation="gelu"), dtypes=("fp64",)),
-    Case(
-        "contiguous", _conv(_BLOCK, 128, 3, channels_last=False), dtypes=("bf16",), aligned=False
-    ),
+    Case("contiguous", _conv(_BLOCK, 128, 3, channels_last=False), dtypes=_BF16, aligned=False),
     Case(
         "unaligned",
         _conv((32, 99, 33, 33), 101, 3, activation="gelu"),
-        dtypes=("bf16",),
+        dtypes=_BF16,
         aligned=False,
     ),
-    Case("huge", _conv((64, 256, 512, 512), 256, 3), dtypes=("bf16",), huge=True),
+    Case("huge", _conv((64, 256, 512, 512), 256, 3), dtypes=_BF16, huge=True),
 )

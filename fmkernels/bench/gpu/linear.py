@@ -89,22 +89,26 @@ def _norm(
     return call
 
 
-_HALF = ("bf16", "fp16")
+_BF16 = ("bf16",)
 
 CASES = (
     # BERT-large's first layer at batch 8 x 512; a projection with its residual; decoding.
     Case("gelu", _linear(4096, 4096, 1024, "gelu")),
-    Case("residual", _linear(4096, 1024, 4096, None, residual=True), dtypes=("bf16",)),
-    Case("rows_64", _linear(64, 4096, 4096, "relu"), dtypes=_HALF),
-    Case("rows_8", _linear(8, 4096, 4096, "silu"), dtypes=_HALF),
+    Case("residual", _linear(4096, 1024, 4096, None, residual=True), dtypes=_BF16),
+    Case("rows_64", _linear(64, 4096, 4096, "relu"), dtypes=_BF16),
+    Case("rows_8", _linear(8, 4096, 4096, "silu"), dtypes=_BF16),
     Case("fp64", _linear(512, 512, 512, "gelu"), dtypes=("fp64",)),
-    Case("unaligned", _linear(1000, 1001, 999, "gelu"), dtypes=("bf16",), aligned=False),
-    Case("huge", _linear(2**21, 2048, 1024, None), dtypes=("bf16",), huge=True),
+    Case("unaligned", _linear(1000, 1001, 999, "gelu"), dtypes=_BF16, aligned=False),
+    Case("huge", _linear(2**21, 2048, 1024, None), dtypes=_BF16, huge=True),
     # Llama's gated form; BERT's plain one with dropout.
-    Case("swiglu", _feed_forward(4096, 4096, 11008, "silu", gated=True)),
-    Case("ffn_dropout", _feed_forward(4096, 1024, 4096, "gelu", False, 0.1), dtypes=_HALF),
-    Case("norm_256", _norm(65536, 256, rms=False), dtypes=("bf16", "fp32")),
+    Case(
+        "swiglu",
+        _feed_forward(4096, 4096, 11008, "silu", gated=True),
+        dtypes=("bf16", "fp32", "tf32"),
+    ),
+    Case("ffn_dropout", _feed_forward(4096, 1024, 4096, "gelu", False, 0.1), dtypes=_BF16),
+    Case("norm_256", _norm(65536, 256, rms=False), dtypes=_BF16),
     Case("norm_1024", _norm(4096, 1024, rms=False, dropout_p=0.1), dtypes=("bf16", "fp32")),
-    Case("norm_4096", _norm(4096, 4096, rms=True), dtypes=("bf16", "fp32")),
-    Case("norm_16384", _norm(4096, 16384, rms=False), dtypes=("bf16", "fp32")),
+    Case("norm_4096", _norm(4096, 4096, rms=True), dtypes=_BF16),
+    Case("norm_16384", _norm(4096, 16384, rms=False), dtypes=_BF16),
 )

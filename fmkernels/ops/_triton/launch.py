@@ -17,7 +17,13 @@ from triton.runtime import driver
 
 from fmkernels._dispatch import current_precision
 from fmkernels.ops import _dropout
-from fmkernels.ops._triton.support import INTERPRETING, cuda_table, hip_table, unsupported
+from fmkernels.ops._triton.support import (
+    INTERPRETING,
+    compile_only,
+    cuda_table,
+    hip_table,
+    unsupported,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ _architectures: dict[int, str] = {}
 
 def architecture() -> str:
     """Which entry of a :data:`Table` serves the current device."""
+    if _counting_for is not None:
+        return _counting_for
     if INTERPRETING:
         return "interpret"
     device = driver.active.get_current_device()
@@ -84,12 +92,18 @@ def forget_architectures() -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """What an observer sees of a launch; ``compiled`` is None where kernels are interpreted."""
+    """What an observer sees of a launch.
+
+    Attributes:
+        bytes: of all tensors among the arguments, each counted once.
+        compiled: Triton's kernel; None where kernels are interpreted or only counted.
+    """
 
     kernel: str
     config: Config
     grid: tuple[int, ...]
     constants: Mapping[str, Any]
+    bytes: int
     compiled: Any
 
 
@@ -106,6 +120,21 @@ def observed_launches() -> Iterator[list[Launch]]:
         yield seen
     finally:
         _observers.remove(observer)
+
+
+_counting_for: str | None = None
+
+
+@contextlib.contextmanager
+def counted_launches(arch: str) -> Iterator[list[Launch]]:
+    """As :func:`observed_launches`, for meta tensors: nothing is compiled, nothing runs."""
+    global _counting_for
+    previous, _counting_for = _counting_for, arch
+    try:
+        with compile_only(), observed_launches() as seen:
+            yield seen
+    finally:
+        _counting_for = previous
 
 
 def launch(
@@ -131,19 +160,25 @@ def launch(
     name = kernel.fn.__name__
     if grid[0] >= 2**31 or any(size > 65535 for size in grid[1:]):
         raise unsupported(name, f"a grid of {grid} programs")
-    tensor = next(value for value in arguments if isinstance(value, Tensor))
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    tensor = tensors[0]
     options = {} if INTERPRETING else dict(config.options)
-    with _device_of(tensor):
-        compiled = kernel[grid](
-            *arguments,
-            **constants,
-            **dict(config.blocks),
-            **options,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    for observer in _observers:
-        observer(Launch(name, config, grid, constants, compiled))
+    compiled = None
+    if _counting_for is None:
+        with _device_of(tensor):
+            compiled = kernel[grid](
+                *arguments,
+                **constants,
+                **dict(config.blocks),
+                **options,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    if _observers:
+        distinct = {id(tensor): tensor for tensor in tensors}.values()
+        size = sum(tensor.numel() * tensor.itemsize for tensor in distinct)
+        for observer in _observers:
+            observer(Launch(name, config, grid, constants, size, compiled))
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -103,7 +103,8 @@ def conv(
     opmath = opmath_dtype(input.dtype)
     input = in_layout(input, channels_last)
     # Triton's kernels read a channels-last weight in place; packing it would be another launch.
-    weight = weight if name == "triton" else weight.contiguous()
+    if name != "triton" or torch.compiler.is_compiling():
+        weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.to(opmath).contiguous()
     shift = None if shift is None else shift.to(opmath).contiguous()

@@ -112,7 +112,10 @@ def conv_backward(
     absent = input.new_empty((0,))
     opmath = _activations.opmath_dtype(input.dtype)
     channels = problem.y_channels * groups
-    sums = input.new_empty((channels,), dtype=opmath) if need_bias or need_shift else None
+    sums = None
+    if need_bias or need_shift:
+        shared = need_shift or scale is not None
+        sums = input.new_empty((channels,), dtype=opmath if shared else input.dtype)
     grad_input, grad_weight = _matrix_gradients(
         problem, grad_conv, input, weight, need_input, need_weight, shift_sums, sums, exact
     )
@@ -223,7 +226,9 @@ def _matrix_gradients(
         for axis, edges in enumerate(edges_of(problem.options.padding)):
             shape[2 + axis] += sum(edges)
     grad_input = new_image(input, shape, channels_last) if need_input else None
-    grad_weight = weight.new_empty(weight.shape) if need_weight else None
+    # In the weight's own layout, which is what the optimizer's state and autograd expect.
+    last = is_channels_last(weight) and not problem.depthwise
+    grad_weight = new_image(weight, weight.shape, last) if need_weight else None
     if problem.batch == 0:
         for zeros in (grad_weight, sums):
             if zeros is not None:
@@ -289,9 +294,10 @@ def _launch_backward(
         if splits > 1:
             opmath = _activations.opmath_dtype(input.dtype)
             parts = dw = weight.new_empty((splits, *grad_weight.shape), dtype=opmath)
+    dw_strides = (0, 0) if dw is None else (grad_weight.stride(1), grad_weight.stride(-1))
     arguments = (
         problem.batch, *x_size, *problem.y_size, *q_size, problem.x_channels, problem.y_channels,
-        problem.groups, *weight_strides(weight, problem),
+        problem.groups, *weight_strides(weight, problem), *dw_strides,
     )  # fmt: skip
     constants = {
         **problem.constants(),

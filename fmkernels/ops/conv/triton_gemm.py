@@ -315,10 +315,12 @@ def conv_bwd_kernel(
     C,  # channels of x per group
     CO,  # channels of dy per group
     groups,
-    stride_wg,  # of w; dw is contiguous
+    stride_wg,
     stride_wo,
     stride_wc,
     stride_wt,
+    stride_db,  # of dw: its second dimension and a tap
+    stride_dt,
     PD,
     PH,
     PW,
@@ -356,13 +358,15 @@ def conv_bwd_kernel(
         if TRANSPOSED:
             _bwd_dw_tile(
                 x_ptr, dy_ptr, dw_ptr, pid - dx_programs, N, XD, XH, XW, YD, YH, YW, C, CO, groups,
-                PD, PH, PW, rows_per_split, KERNEL, STRIDE, DILATION, PADDING_MODE,
+                stride_db, stride_dt, PD, PH, PW, rows_per_split, KERNEL, STRIDE, DILATION,
+                PADDING_MODE,
                 CHANNELS_LAST, PRECISION, ACC, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _bwd_dw_tile(
                 dy_ptr, x_ptr, dw_ptr, pid - dx_programs, N, YD, YH, YW, XD, XH, XW, CO, C, groups,
-                PD, PH, PW, rows_per_split, KERNEL, STRIDE, DILATION, PADDING_MODE,
+                stride_db, stride_dt, PD, PH, PW, rows_per_split, KERNEL, STRIDE, DILATION,
+                PADDING_MODE,
                 CHANNELS_LAST, PRECISION, ACC, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
@@ -419,7 +423,8 @@ def _bwd_dx_tile(
 
 @triton.jit
 def _bwd_dw_tile(
-    a_ptr, b_ptr, dw_ptr, pid, N, AD, AH, AW, BD, BH, BW, A, B, groups, PD, PH, PW, rows_per_split,
+    a_ptr, b_ptr, dw_ptr, pid, N, AD, AH, AW, BD, BH, BW, A, B, groups, stride_b, stride_t,
+    PD, PH, PW, rows_per_split,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -474,6 +479,6 @@ def _bwd_dw_tile(
         b = tl.load(b_ptr + at, mask=inside[:, None] & mask_b[None, :], other=0.0)
         accumulator = dot(tl.trans(a), b, accumulator, PRECISION)
     first_row = (split.to(tl.int64) * groups + group) * A
-    offs = (first_row + offs_a)[:, None] * B + offs_b[None, :]
+    offs = (first_row + offs_a)[:, None] * (B * taps) + offs_b[None, :] * stride_b
     mask = mask_a[:, None] & mask_b[None, :]
-    tl.store(dw_ptr + offs * taps + tap, accumulator.to(dw_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + offs + tap * stride_t, accumulator.to(dw_ptr.dtype.element_ty), mask=mask)

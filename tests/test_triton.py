@@ -1,0 +1,137 @@
+"""What only the Triton backend has: masks at the edges, launches, choices without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fmkernels.functional as FF
+from fmkernels import testing
+from fmkernels.ops._triton import support
+
+triton = pytest.importorskip("triton")
+
+interpret = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not support.INTERPRETING, reason="needs TRITON_INTERPRET=1"),
+]
+
+
+def test_which_table_serves_a_chip():
+    assert support.cuda_table(7, 5) is None
+    assert [support.cuda_table(*cc) for cc in ((8, 0), (8, 6), (8, 9), (12, 0))] == ["sm_80"] * 4
+    assert support.cuda_table(9, 0) == "sm_90" and support.cuda_table(10, 0) == "sm_100"
+    assert support.hip_table("gfx942:sramecc+:xnack-") == "gfx942"
+    assert support.hip_table("gfx1100") is None
+
+
+def test_offsets_are_32_bit_only_where_they_fit():
+    from fmkernels.ops._triton.launch import index_dtype
+
+    small = torch.empty(2**20, 2**10, device="meta")
+    large = torch.empty(2**21, 2**10, device="meta")
+    assert index_dtype(small, None) == triton.language.int32
+    assert index_dtype(small, large) == triton.language.int64
+
+
+def test_tf32_only_where_torch_allows_it():
+    import fmkernels
+    from fmkernels.bench.gpu.sweep import allow_tf32
+    from fmkernels.ops._triton.launch import dot_precision
+
+    full, half = torch.empty(1), torch.empty(1, dtype=torch.bfloat16)
+    with allow_tf32(False):
+        assert dot_precision(full, "matmul") == dot_precision(full, "conv") == "ieee"
+    with allow_tf32(True):
+        assert dot_precision(full, "matmul") == dot_precision(full, "conv") == "tf32"
+        assert dot_precision(full, "conv", exact=True) == "ieee"
+        assert dot_precision(half, "conv") == "ieee"
+        with fmkernels.precision("exact"):
+            assert dot_precision(full, "matmul") == "ieee"
+
+
+class TestLaunches:
+    """The goals for the number of launches; weights are channels_last, so nothing is packed."""
+
+    pytestmark = interpret
+
+    @staticmethod
+    def counted(function, *tensors):
+        from fmkernels.ops._triton.launch import observed_launches
+
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        with observed_launches() as forward:
+            output = function(*leaves)
+        with observed_launches() as backward:
+            output.backward(torch.ones_like(output))
+        return [launch.kernel for launch in forward], [launch.kernel for launch in backward]
+
+    def test_conv_block(self):
+        last = torch.channels_last
+        forward, backward = self.counted(
+            lambda x, w, b: FF.conv2d(
+                x, w, b, padding=1, activation="relu", pool=("max", 2), backend="triton"
+            ),
+            torch.randn(2, 8, 8, 8).to(memory_format=last),
+            torch.randn(8, 8, 3, 3).to(memory_format=last),
+            torch.randn(8),
+        )
+        assert len(forward) == 1 and len(backward) <= 3, (forward, backward)
+
+    def test_linear(self):
+        forward, backward = self.counted(
+            lambda x, w, b: FF.linear(x, w, b, activation="gelu", backend="triton"),
+            torch.randn(70, 8),
+            torch.randn(9, 8),
+            torch.randn(9),
+        )
+        assert len(forward) == 1 and len(backward) <= 3, (forward, backward)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_feed_forward(self, gated):
+        extra = {"gate_weight": torch.randn(12, 8)} if gated else {}
+        forward, _ = self.counted(
+            lambda x, w1, w2: FF.feed_forward(
+                x, w1, None, w2, None, activation="silu", backend="triton", **extra
+            ),
+            torch.randn(5, 8),
+            torch.randn(12, 8),
+            torch.randn(8, 12),
+        )
+        assert len(forward) <= 2, forward
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not support.INTERPRETING, reason="needs TRITON_INTERPRET=1")
+def test_the_guard_sees_a_stray_access():
+    """The fixture guarded_triton, under which every interpreted test runs."""
+    import triton.language as tl
+
+    @triton.jit
+    def copy_kernel(x_ptr, y_ptr, n, WRITE: tl.constexpr):
+        offsets = tl.arange(0, 16)
+        x = tl.load(x_ptr + offsets, mask=offsets < n if WRITE else offsets < 16, other=0.0)
+        tl.store(y_ptr + offsets, x, mask=offsets < 16 if WRITE else offsets < n)
+
+    x, y = torch.ones(16)[:10], torch.zeros(16)[:10]
+    with pytest.raises(AssertionError, match="copy_kernel wrote outside"):
+        copy_kernel[(1,)](x, y, 10, WRITE=True)
+    copy_kernel[(1,)](x[:4], y[:8], 8, WRITE=False)
+    assert y[:8].isnan().any(), "what was read past the end is poison"
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not support.INTERPRETING, reason="needs TRITON_INTERPRET=1")
+def test_split_reduction_over_many_rows():
+    """More rows than a split takes, so that the gradients are summed in two phases."""
+    arguments = {
+        "input": testing.normal(1100, 20),
+        "weight": testing.normal(12, 20),
+        "bias": testing.normal(12, 1).squeeze(-1),
+    }
+    testing.compare(
+        lambda **kw: FF.linear(**kw, activation="gelu", backend="triton"),
+        lambda **kw: F.gelu(F.linear(**kw)),
+        arguments,
+    )
