@@ -135,3 +135,15 @@ def test_split_reduction_over_many_rows():
         lambda **kw: F.gelu(F.linear(**kw)),
         arguments,
     )
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_commands_refuse_a_gpu_that_is_not_there(command):
+    from typer.testing import CliRunner
+
+    from fmkernels.bench.commands import app
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = CliRunner().invoke(app, [command, "--device", "cuda"])
+    assert result.exit_code == 2 and "finds no GPU" in result.output

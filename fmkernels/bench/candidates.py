@@ -34,13 +34,14 @@ class Problem:
     grad_output: torch.Tensor
 
     @classmethod
-    def build(cls, workload: Workload, dtype: str, mode: str) -> Problem:
+    def build(cls, workload: Workload, dtype: str, mode: str, device: str = "cpu") -> Problem:
         module, inputs = workload.make(dtype)
+        module, inputs = module.to(device), tuple(tensor.to(device) for tensor in inputs)
         module.train(mode == "training")
         with torch.no_grad():
             output = next(tensors_in(copy.deepcopy(module)(*inputs)))
         generator = torch.Generator().manual_seed(1)
-        grad_output = torch.randn(output.shape, generator=generator).to(output.dtype)
+        grad_output = torch.randn(output.shape, generator=generator).to(output)
         return cls(workload, dtype, mode, module, inputs, grad_output)
 
     def oracle(self) -> Tensors:

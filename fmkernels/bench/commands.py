@@ -27,6 +27,7 @@ app = typer.Typer(
 
 _FAMILY_HELP = f"Comma-separated: {', '.join(workloads.FAMILIES)} or all."
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads; default: as is.")]
 
 
@@ -56,6 +57,7 @@ def verify_command(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Comma-separated dtypes.")] = ",".join(verify.DTYPES),
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Check every op and dtype, forward and every gradient, against float64 on this machine.
@@ -66,9 +68,10 @@ def verify_command(
     families = _names(family, {*workloads.FAMILIES, "all"} - {"models"}, "--family")
     dtypes = _names(dtype, verify.DTYPES, "--dtype")
     state = _state()
-    default = "cpu" if state.native else "reference"
+    _check_device(device)
+    default = "triton" if device == "cuda" else "cpu" if state.native else "reference"
     backends = _names(backend or default, set(fmkernels.BACKEND_NAMES) - {"auto"}, "--backend")
-    if backend is None and not state.native:
+    if backend is None and default == "reference":
         console.print(
             f"No cpu backend: {state.native_error}. Verifying the reference backend.",
             style="bold yellow",
@@ -77,7 +80,7 @@ def verify_command(
     verdicts = []
     with _progress(console) as progress:
         task = progress.add_task("verify", total=len(cases) * len(dtypes) * len(backends))
-        for verdict in verify.verify(cases, backends, dtypes):
+        for verdict in verify.verify(cases, backends, dtypes, device):
             verdicts.append(verdict)
             progress.update(task, advance=1, description=f"{verdict.op} {verdict.dtype}")
     verify_report.print_verdicts(verdicts, state, console)
@@ -98,6 +101,7 @@ def bench(
     ] = "eager",
     match: Annotated[str, typer.Option(help="Only workloads whose name contains this.")] = "",
     threads: Threads = None,
+    device: Device = "cpu",
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer workloads, fp32, less time.")
     ] = False,
@@ -112,7 +116,9 @@ def bench(
     A candidate whose numbers fail against float64 gets no speed. Exits with 1 if fmkernels fails.
     """
     console = _console()
+    _check_device(device)
     options = run.Options(
+        device=device,
         dtypes=_names(
             "fp32" if quick and dtype == "fp32,bf16" else dtype, ("fp32", "bf16"), "--dtype"
         ),
@@ -186,6 +192,13 @@ def _state() -> Info:
     except RuntimeError as error:  # FMKERNELS_ISA asks for a path that does not exist here
         _console().print(str(error), style="bold red", markup=False)
         raise typer.Exit(2) from error
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device!r}: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch finds no GPU here")
 
 
 def _console() -> Console:

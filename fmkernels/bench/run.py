@@ -10,6 +10,7 @@ import torch
 from fmkernels.bench import candidates, peers, timer
 from fmkernels.bench.candidates import Candidate, Problem, Tensors
 from fmkernels.bench.environment import environment
+from fmkernels.bench.gpu import timing
 from fmkernels.bench.numerics import Check, check
 from fmkernels.bench.results import EAGER, OURS, Cell, Measurement, Results
 from fmkernels.bench.roofline import Ceilings, probe
@@ -27,12 +28,14 @@ class Options:
         modes: "inference", "training" or both.
         peers: names from :data:`fmkernels.bench.peers.PEERS`.
         quick: a shorter time budget per cell.
+        device: "cpu" or "cuda"; there every candidate is timed as a CUDA graph.
     """
 
     dtypes: tuple[str, ...] = ("fp32",)
     modes: tuple[str, ...] = MODES
     peers: tuple[str, ...] = ()
     quick: bool = False
+    device: str = "cpu"
 
     @property
     def cell_seconds(self) -> float:
@@ -61,7 +64,11 @@ def run(
         progress: called with the cell just finished (None at first) and the next one's name.
     """
     surroundings = environment()  # before the probes put a load on the machine
-    results = Results(surroundings, probe(torch.get_num_threads()), quick=options.quick)
+    on_gpu = options.device == "cuda"
+    if on_gpu:
+        surroundings["device"] = torch.cuda.get_device_name()
+    ceilings = timing.probe() if on_gpu else probe(torch.get_num_threads())
+    results = Results(surroundings, ceilings, quick=options.quick)
     finished = None
     for workload, dtype, mode in planned(workloads, options):
         progress(finished, f"{workload.name} {dtype} {mode}")
@@ -77,7 +84,7 @@ def measure(
     """One cell: build all candidates, check each against float64, time those that passed."""
     cost = workload.cost(dtype, mode)
     cell = Cell(workload.name, workload.family, dtype, mode, cost.flops, cost.bytes)
-    problem = Problem.build(workload, dtype, mode)
+    problem = Problem.build(workload, dtype, mode, options.device)
     with torch.set_grad_enabled(mode == "training"):
         oracle = problem.oracle()
         eager_tensors: list[Tensors] = []
@@ -99,10 +106,12 @@ def measure(
                 measurement.backend = candidates.backends_used(candidate)
             if measurement.status == "ok":
                 passed[measurement.label] = candidate
-        timings = timer.time_interleaved(
-            {label: candidate.call for label, candidate in passed.items()},
-            budget_s=options.cell_seconds,
-        )
+        calls = {label: candidate.call for label, candidate in passed.items()}
+        clock = {}
+        if options.device == "cuda":
+            calls = {label: timing.graphed(call) for label, call in calls.items()}
+            clock = {"clock": timing.clock}
+        timings = timer.time_interleaved(calls, budget_s=options.cell_seconds, **clock)
     for measurement in cell.measurements:
         if measurement.label in timings:
             _record(measurement, timings[measurement.label], cell, ceilings)

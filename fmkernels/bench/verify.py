@@ -66,16 +66,25 @@ def select(families: tuple[str, ...] = ("all",)) -> list[Case]:
 
 
 def verify(
-    cases: Iterable[Case], backends: Iterable[str], dtypes: Iterable[str] = tuple(DTYPES)
+    cases: Iterable[Case],
+    backends: Iterable[str],
+    dtypes: Iterable[str] = tuple(DTYPES),
+    device: str = "cpu",
 ) -> Iterator[Verdict]:
-    """Verify each case on each backend in each dtype, lazily."""
+    """Verify each case on each backend in each dtype, lazily.
+
+    Args:
+        device: where the backends compute; the oracle is computed on the CPU.
+    """
     dtypes, backends = tuple(dtypes), tuple(backends)
     for case in cases:
         for dtype in dtypes:
-            yield from _verify_dtype(case, dtype, backends)
+            yield from _verify_dtype(case, dtype, backends, device)
 
 
-def _verify_dtype(case: Case, dtype: str, backends: tuple[str, ...]) -> Iterator[Verdict]:
+def _verify_dtype(
+    case: Case, dtype: str, backends: tuple[str, ...], device: str
+) -> Iterator[Verdict]:
     # crc32 rather than hash(): the same inputs in every process.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.op} {case.name}".encode()))
     inputs = {name: _like(tensor, DTYPES[dtype]) for name, tensor in case.make(generator).items()}
@@ -94,7 +103,9 @@ def _verify_dtype(case: Case, dtype: str, backends: tuple[str, ...]) -> Iterator
         }
         try:
             with recorder:
-                computed = _evaluate(case, lambda x, b=backend: case.ours(x, b), inputs)
+                there = {name: _like(tensor, device=device) for name, tensor in inputs.items()}
+                computed = _evaluate(case, lambda x, b=backend: case.ours(x, b), there)
+                computed = {name: tensor.cpu() for name, tensor in computed.items()}
             result = check(computed, [theirs], oracle, DTYPES[dtype])
         except Exception as error:  # the other cases are still worth knowing
             message = f"{type(error).__name__}: {error}"
@@ -143,14 +154,16 @@ def _evaluate(case: Case, compute: Callable[[Named], object], inputs: Named) -> 
 def _strided_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     # Rounded to bf16's 8 bits, so that every dtype gets exactly the same values.
     values = torch.randn(*like.shape, 2, generator=generator).bfloat16()
-    return values.to(like.dtype)[..., 0]
+    return values.to(like)[..., 0]
 
 
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype`` with its strides; masks stay as they are."""
-    if not tensor.is_floating_point():
+def _like(tensor: Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensor:
+    """``tensor`` in ``dtype``, on ``device``, with its strides; masks keep their dtype."""
+    if not tensor.is_floating_point() and device == "cpu":
         return tensor
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
     return copy.copy_(tensor)
 
 
