@@ -1,0 +1,130 @@
+"""GPU kernels compiled without a GPU: the gates, and that they can fail.
+
+The whole registry is compiled by ``python benchmarks/gpu_static.py``; here one kernel of a family
+for two chips.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fmkernels.ops._triton import support  # noqa: E402
+
+pytestmark = [
+    pytest.mark.compile_only,
+    pytest.mark.skipif(support.INTERPRETING, reason="nothing is compiled under the interpreter"),
+    pytest.mark.skipif(not support.TRITON.ok, reason=support.TRITON.reason),
+]
+
+if support.TRITON.ok:
+    from fmkernels.bench.gpu import gates, registry, sweep
+
+GOOD = {
+    "registers": 128,
+    "spills": 0,
+    "stack": 0,
+    "shared": 98304,
+    "tensor_memory": 0,
+    "matrix": {"HGMMA": 4},
+    "occupancy": 0.25,
+    "blocks": 2,
+    "load_bits": {128: 8},
+    "offsets32": 0,
+    "traps": False,
+}
+
+
+def make_row(**changes):
+    fields = {
+        "kernel": "gemm_fwd_kernel",
+        "config": "linear_gelu-bf16-128x128x64-w8-s3",
+        "arch": "sm_90",
+        "case": "linear.gelu",
+        "dtype": "bf16",
+        "tile": "128x128x64-w8-s3",
+        "aligned": True,
+        "huge": False,
+        "blocks": {"BLOCK_M": 128},
+        "precision": "ieee",
+        "grid": (1,),
+        "resources": GOOD,
+        "seconds": 1.0,
+    }
+    # "blocks" is a field of both: the tile's sizes, and how many blocks fit a multiprocessor.
+    found = {k: v for k, v in changes.items() if k in GOOD and (k, type(v)) != ("blocks", dict)}
+    fields.update({k: v for k, v in changes.items() if k not in found})
+    return sweep.Row(**fields | {"resources": {**GOOD, **found}})
+
+
+def test_a_good_kernel_passes():
+    assert gates.problems(make_row()) == []
+    assert gates.problems(make_row(matrix={"HMMA": 4}, blocks={"BLOCK_M": 16})) == []
+    assert gates.problems(make_row(spills=4, aligned=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"spills": 2}, "spill"),
+        ({"shared": 262144}, "shared memory"),
+        ({"tensor_memory": 576}, "tensor memory"),
+        ({"traps": True}, "trap"),
+        ({"blocks": 0}, "not one block"),
+        ({"matrix": {}}, "no HGMMA"),
+        ({"matrix": {"HMMA": 64}}, "no HGMMA"),
+        ({"offsets32": 3, "huge": True}, "32-bit offsets"),
+        ({"kernel": "unheard_of_kernel"}, "not declared"),
+        ({"error": "CompilationError: ..."}, "CompilationError"),
+    ],
+)
+def test_each_gate_can_fail(changes, reason):
+    row = make_row(**changes)
+    assert any(reason in problem for problem in gates.problems(row)), gates.problems(row)
+
+
+def test_regressions_against_the_baseline(tmp_path):
+    path = tmp_path / "baseline.json"
+    row = make_row()
+    gates.write_baseline(path, "3.7.0", [row])
+    gates.write_baseline(path, "3.8.0", [make_row(registers=200)])
+    assert set(json.loads(path.read_text())) == {"3.7.0", "3.8.0"}
+    baseline = gates.read_baseline(path, "3.7.0")
+    assert gates.read_baseline(path, "3.9.0") is None
+    assert gates.regressions(row, baseline) == []
+    assert gates.regressions(make_row(registers=136), baseline) == []
+    for worse in ({"registers": 160}, {"spills": 1}, {"shared": 98305}):
+        assert gates.regressions(make_row(**worse), baseline)
+    assert gates.regressions(make_row(config="new"), baseline)
+
+
+def test_every_case_is_named_once_and_every_kernel_declared():
+    cases = [case.name for name in registry.FAMILIES for case in registry.family(name)[1]]
+    assert cases and registry.kernels()
+    for name in registry.FAMILIES:
+        names = [case.name for case in registry.family(name)[1]]
+        assert len(names) == len(set(names)), name
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_a_kernel_is_compiled_and_passes(arch, tmp_path):
+    wanted = sweep.jobs([arch], ["bf16"], "linear.rows_64")
+    rows = sweep.sweep(wanted, workers=1, kernel="gemm_fwd", dump=tmp_path)
+    (row,) = rows
+    assert gates.problems(row) == []
+    assert row.resources["matrix"] and max(row.resources["load_bits"]) == 128
+    ending = "hsaco" if arch == "gfx942" else "cubin"
+    assert (tmp_path / f"{row.key}.{ending}").stat().st_size > 1000
+
+
+def test_what_does_not_compile_is_a_row(monkeypatch):
+    def fails(dtype):
+        raise ValueError("no such kernel")
+
+    case = registry.Case("broken", fails)
+    monkeypatch.setattr(registry, "cases", lambda: {"linear.broken": case})
+    (row,) = sweep.compile_job(sweep.Job("linear.broken", "bf16", "sm_80"))
+    assert row.error == "ValueError: no such kernel" and gates.problems(row)
