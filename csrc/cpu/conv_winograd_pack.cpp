@@ -7,26 +7,61 @@ namespace fmk::FMK_ISA {
 namespace {
 
 using F = WinogradF4;
-constexpr int kWindow = F::kPoints, kPointCount = kWindow * kWindow;
+constexpr int kWindow = F::kPoints, kPointCount = kWindow * kWindow, kTaps = 9;
 constexpr int W = VecF::W;
+// Input channels transformed at a time. Their points go through a buffer: the 36 planes of a packed
+// weight are often a multiple of 4 KB apart, and stored one vector by one they would share the sets
+// of every cache.
+constexpr int kRun = 16;
+// One more line per plane of the buffer, for the same reason.
+constexpr int64_t kPlane = kRun * kPanelVecs * W + 16;
 
-// The 36 points of one input channel and one vector of output channels, `ld` floats apart.
+// The taps of `run` channels and one vector of columns, `lanes` of which exist.
 template <class T>
-void transform_weight(const WeightView<T>& w, int64_t column, int64_t lanes, int64_t channel,
-                      float* out, int64_t ld) {
+void gather_taps(const WeightView<T>& w, int64_t column, int64_t lanes, int64_t channel, int run,
+                 float (*taps)[W]) {
   const T* src = w.data + column * w.column_stride + channel * w.reduction_stride;
-  alignas(64) float taps[9][W] = {};
-  for (int64_t i = 0; i < lanes; ++i)
-    for (int y = 0; y < 3; ++y)
-      for (int x = 0; x < 3; ++x) {
-        const int64_t tap = (w.y.first + y * w.y.step) * w.kernel_w + w.x.first + x * w.x.step;
-        taps[y * 3 + x][i] = static_cast<float>(widen(src[i * w.column_stride + tap]));
+#if defined(__AVX512F__)
+  alignas(64) float rows[W * kTaps + 16];
+  if (lanes == W && run == kRun && w.reduction_stride == kTaps) {
+    // A column's channels and taps are one run.
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (int i = 0; i < kTaps; ++i) transpose_16x16(src + i * W, w.column_stride, taps[i * W], W);
+    } else {
+      alignas(64) float block[W][W];
+      for (int i = 0; i < kTaps; ++i) {
+        for (int lane = 0; lane < W; ++lane)
+          store(block[lane], load(src + lane * w.column_stride + i * W));
+        transpose_16x16(block[0], W, taps[i * W], W);
       }
-  const VecF scale =
-      splat(w.reduction_scale ? static_cast<float>(w.reduction_scale[channel]) : 1.0f);
+    }
+    return;
+  }
+  if (lanes == W && w.column_stride == kTaps) {
+    // A channel's columns and taps are one run.
+    alignas(64) float turned[W][W];
+    for (int i = 0; i < run; ++i) {
+      convert(src + i * w.reduction_stride, rows, W * kTaps);
+      transpose_16x16(rows, kTaps, turned[0], W);
+      std::memcpy(taps[i * kTaps], turned, kTaps * sizeof turned[0]);
+    }
+    return;
+  }
+#endif
+  std::memset(taps, 0, run * kTaps * sizeof taps[0]);
+  for (int i = 0; i < run; ++i, src += w.reduction_stride)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int tap = 0; tap < kTaps; ++tap)
+        taps[i * kTaps + tap][lane] = static_cast<float>(widen(src[lane * w.column_stride + tap]));
+}
+
+// The points of one channel, `ld` apart. tap[3 * y + x] is where tap (y, x) lies.
+void transform_weight(const float (*taps)[W], const int* tap, float scale, float* out, int64_t ld) {
+  const VecF factor = splat(scale);
   VecF columns[3][kWindow];  // [tap x][point y]
   for (int x = 0; x < 3; ++x) {
-    const VecF g[3] = {load(taps[x]) * scale, load(taps[3 + x]) * scale, load(taps[6 + x]) * scale};
+    const VecF g[3] = {load(taps[tap[x]]) * factor, load(taps[tap[3 + x]]) * factor,
+                       load(taps[tap[6 + x]]) * factor};
     F::weights(g, columns[x]);
   }
   for (int y = 0; y < kWindow; ++y) {
@@ -49,22 +84,35 @@ size_t packed_winograd_bytes(const WeightView<T>& w) {
 template <class T>
 void pack_winograd_weight(const WeightView<T>& w, void* packed, const Parallel& pool) {
   const auto split = PanelSplit<VecF>::of(w.columns);
-  // Runs of channels of one panel: the points of a panel are then written as 36 streams.
-  constexpr int64_t kRun = 16;
-  const int64_t runs = ceil_div(w.reduction, kRun), units = split.count * runs;
+  int tap[kTaps];
+  for (int y = 0; y < 3; ++y)
+    for (int x = 0; x < 3; ++x)
+      tap[3 * y + x] =
+          static_cast<int>((w.y.first + y * w.y.step) * w.kernel_w + w.x.first + x * w.x.step);
+  const int64_t runs = ceil_div(w.reduction, int64_t{kRun}), units = split.count * runs;
   const int64_t shards = w.columns * w.reduction < 2048 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
+    alignas(64) float taps[kRun * kTaps][W];
+    auto* points =
+        static_cast<float*>(scratch_bytes(Scratch::kTile, kPointCount * kPlane * sizeof(float)));
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
       const int64_t panel = unit / runs, first = unit % runs * kRun;
+      const int run = static_cast<int>(min_of<int64_t>(kRun, w.reduction - first));
       const int vecs = split.width_vecs(panel);
       const int64_t width = vecs * W, column = split.column(panel);
-      float* points = static_cast<float*>(packed) + column * kPointCount * w.reduction;
-      for (int64_t channel = first; channel < min_of(w.reduction, first + kRun); ++channel)
-        for (int vec = 0; vec < vecs; ++vec) {
-          const int64_t lanes = min_of<int64_t>(W, w.columns - column - vec * W);
-          transform_weight(w, column + vec * W, lanes, channel, points + channel * width + vec * W,
-                           w.reduction * width);
+      for (int vec = 0; vec < vecs; ++vec) {
+        const int64_t lanes = min_of<int64_t>(W, w.columns - column - vec * W);
+        gather_taps(w, column + vec * W, lanes, first, run, taps);
+        for (int i = 0; i < run; ++i) {
+          const float scale =
+              w.reduction_scale ? static_cast<float>(w.reduction_scale[first + i]) : 1.0f;
+          transform_weight(taps + i * kTaps, tap, scale, points + i * width + vec * W, kPlane);
         }
+      }
+      float* to = static_cast<float*>(packed) + column * kPointCount * w.reduction + first * width;
+      for (int point = 0; point < kPointCount; ++point)
+        std::memcpy(to + point * w.reduction * width, points + point * kPlane,
+                    run * width * sizeof(float));
     }
   });
 }

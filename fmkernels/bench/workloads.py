@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fmkernels
 from fmkernels import functional, models
+from fmkernels.bench import cnn_stacks
 
 FAMILIES = ("conv", "linear", "rnn", "attention", "models")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -150,6 +151,27 @@ def _conv(
     return _settled(nn.Sequential(conv, *after)), (torch.randn(batch, channels, size, size),)
 
 
+def _depthwise(
+    batch: int, channels: int, size: int, stride: int, *, norm: bool
+) -> tuple[nn.Module, Inputs]:
+    options = {"stride": stride, "groups": channels}
+    layers = cnn_stacks.conv_norm(channels, channels, 3, act=nn.ReLU6, **options)
+    return _settled(nn.Sequential(*layers[: 3 if norm else 1])), (
+        torch.randn(batch, channels, size, size),
+    )
+
+
+def _stem(batch: int, size: int, out: int, kernel: int, *, pool: bool) -> tuple[nn.Module, Inputs]:
+    layers = cnn_stacks.conv_norm(3, out, kernel, stride=2)
+    if pool:
+        layers.append(nn.MaxPool2d(3, 2, padding=1))
+    return _settled(nn.Sequential(*layers)), (torch.randn(batch, 3, size, size),)
+
+
+def _on_image(build: Callable[[], nn.Module], *size: int) -> tuple[nn.Module, Inputs]:
+    return _settled(build()), (torch.randn(size),)
+
+
 def _linear(rows: int, out: int, features: int) -> tuple[nn.Module, Inputs]:
     return nn.Linear(features, out), (torch.randn(rows, features),)
 
@@ -254,6 +276,66 @@ WORKLOADS: tuple[Workload, ...] = (
     conv("conv 3x3 stride 2 8x64x56x56->128", build=partial(_conv, 8, 64, 56, 128, stride=2)),
     conv("conv 1x1 8x256x28x28->256", build=partial(_conv, 8, 256, 28, 256, 1)),
     conv("conv depthwise 8x128x56x56", build=partial(_conv, 8, 128, 56, 128, groups=128)),
+    *(
+        conv(
+            f"conv 3x3 {batch}x{channels}x{size}x{size}->{channels}",
+            build=partial(_conv, batch, channels, size, channels),
+        )
+        for batch in (1, 8, 32)
+        for channels, size in ((64, 56), (128, 28), (256, 14))
+        if (batch, channels) != (8, 128)
+    ),
+    block(
+        "conv-bn-relu-pool 32x128x28x28->128", build=partial(_conv, 32, 128, 28, 128, block=True)
+    ),
+    conv("conv 1x1 8x64x56x56->256", build=partial(_conv, 8, 64, 56, 256, 1)),
+    conv("conv 1x1 8x512x14x14->512", build=partial(_conv, 8, 512, 14, 512, 1)),
+    conv("conv 1x1 stride 2 8x256x56x56->512", build=partial(_conv, 8, 256, 56, 512, 1, stride=2)),
+    conv("conv 3x3 stride 2 8x128x28x28->256", build=partial(_conv, 8, 128, 28, 256, stride=2)),
+    block(
+        "first 3x3 stride 2 bn relu 8x3x224x224->32",
+        build=partial(_stem, 8, 224, 32, 3, pool=False),
+        input_gradient=False,
+        backward_cost=1.0,
+    ),
+    block(
+        "first 7x7 stride 2 bn relu pool 8x3x224x224->64",
+        build=partial(_stem, 8, 224, 64, 7, pool=True),
+        input_gradient=False,
+        backward_cost=1.0,
+    ),
+    conv(
+        "conv depthwise stride 2 8x128x56x56", build=partial(_depthwise, 8, 128, 56, 2, norm=False)
+    ),
+    *(
+        block(
+            f"depthwise-bn-relu6 stride {stride} 8x128x56x56",
+            build=partial(_depthwise, 8, 128, 56, stride, norm=True),
+        )
+        for stride in (1, 2)
+    ),
+    *(
+        block(
+            f"inverted residual stride {stride} 8x32x28x28->32",
+            build=partial(
+                _on_image, partial(cnn_stacks.InvertedResidual, 32, 32, stride), 8, 32, 28, 28
+            ),
+        )
+        for stride in (1, 2)
+    ),
+    conv("conv 3x3 of 32 groups 8x128x56x56", build=partial(_conv, 8, 128, 56, 128, groups=32)),
+    *(
+        block(
+            f"{name} stack batch {batch}",
+            build=partial(_on_image, network, batch, 3, 224, 224),
+            modes=("inference",),
+        )
+        for name, network in (
+            ("ResNet-18", cnn_stacks.resnet18),
+            ("MobileNetV2", cnn_stacks.mobilenet_v2),
+        )
+        for batch in (1, 8)
+    ),
     linear("linear 512x512x512", build=partial(_linear, 512, 512, 512), quick=True),
     linear("linear 256x256x256", build=partial(_linear, 256, 256, 256)),
     linear("linear 1024x1024x1024", build=partial(_linear, 1024, 1024, 1024)),
