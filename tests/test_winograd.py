@@ -24,6 +24,8 @@ PROBLEMS = [
     ((1, 32, 5, 310), 32, 0),
     ((1, 416, 17, 17), 32, 1),
     ((2, 64, 56, 56), 64, 1),
+    ((5, 32, 15, 18), 80, 1),
+    ((2, 32, 29, 27), 32, 2),
 ]
 EPILOGUES = [
     {},
@@ -94,6 +96,50 @@ def test_exact_precision_is_direct():
             assert torch.equal(layer(input), expected)
     assert not torch.equal(fast, expected), "this convolution was meant to be a Winograd one"
     assert (fast - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_few_tiles_of_a_large_frozen_weight_are_direct():
+    """Frozen for images of any size, a large weight serves small ones without Winograd."""
+    layer = fmkernels.nn.Conv2d(288, 256, 3, padding=1, bias=False, backend="cpu").eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-2, 3, layer.weight.shape))
+    fmkernels.freeze(layer)
+    for size, direct in ((5, True), (20, False)):
+        input = torch.randint(-3, 4, (1, 288, size, size)).float()
+        expected = F.conv2d(input.double(), layer.weight.double(), padding=1).float()
+        with torch.no_grad():
+            output = layer(input)
+        assert torch.equal(output, expected) == direct
+        assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_low_precision_gradients(memory_format):
+    """The weight's gradient, too, loses no more than its rounding."""
+    input = torch.randn(2, 64, 30, 26).bfloat16().to(memory_format=memory_format)
+    weight = (torch.randn(48, 64, 3, 3) / 24).bfloat16()
+    ours = [t.clone().requires_grad_() for t in (input, weight)]
+    exact = [t.double().requires_grad_() for t in (input, weight)]
+    output = FF.conv2d(*ours, padding=1, backend="cpu")
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    F.conv2d(*exact, padding=1).backward(grad.double())
+    for actual, wanted in zip(ours, exact, strict=True):
+        rounding = (wanted.grad.bfloat16().double() - wanted.grad).abs().max()
+        assert (actual.grad.double() - wanted.grad).abs().max() <= 1.1 * rounding
+
+
+def test_same_bits_every_time():
+    input = torch.randn(3, 64, 27, 30, requires_grad=True)
+    weight = torch.randn(64, 64, 3, 3, requires_grad=True)
+    runs = []
+    for _ in range(3):
+        output = FF.conv2d(input, weight, padding=1, backend="cpu")
+        runs.append(
+            (output.detach(), *torch.autograd.grad(output.square().sum(), (input, weight)))
+        )
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 def test_packed_weight_of_another_form_is_refused():

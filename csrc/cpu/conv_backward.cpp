@@ -151,6 +151,15 @@ void finish_scale(const ConvBackward& p, const T* grad_weight, const Acc<T>* gra
 }
 
 template <class T>
+void grad_of_weight(const ConvBackward& p, const WeightGradient<T>& w, const Parallel& pool) {
+  if constexpr (sizeof(T) <= 4) {
+    if (!p.exact && w.grad_weight && winograd_gradient_pays(p.shape))
+      return winograd_weight_gradient(w, pool);
+  }
+  weight_gradient(w, pool);
+}
+
+template <class T>
 void backward_typed(const ConvBackward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
   const T* grad = grad_of_preactivation<T>(p, pool);
@@ -171,7 +180,7 @@ void backward_typed(const ConvBackward& p, const Parallel& pool) {
   if (!p.grad_scale) {
     w.scale = static_cast<const Acc<T>*>(p.scale);
     w.grad_bias = static_cast<T*>(p.grad_bias);
-    return weight_gradient(w, pool);
+    return grad_of_weight(p, w, pool);
   }
   const int64_t weights = s.out_channels * s.channels / s.groups * s.kernel_h * s.kernel_w;
   const int64_t sums_bytes = s.out_channels * static_cast<int64_t>(sizeof(Acc<T>));
@@ -179,7 +188,7 @@ void backward_typed(const ConvBackward& p, const Parallel& pool) {
       scratch_bytes(Scratch::kCall2, sums_bytes + weights * static_cast<int64_t>(sizeof(T))));
   if (!w.grad_shift) w.grad_shift = reinterpret_cast<Acc<T>*>(room);
   if (!w.grad_weight) w.grad_weight = reinterpret_cast<T*>(room + sums_bytes);
-  weight_gradient(w, pool);
+  grad_of_weight(p, w, pool);
   finish_scale(p, w.grad_weight, w.grad_shift);
 }
 

@@ -11,6 +11,7 @@
 
 #include "cpu/conv_finish.h"
 #include "cpu/conv_internal.h"
+#include "cpu/conv_small_groups.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -367,6 +368,7 @@ template <class T>
 void correlate(const Correlation<T>& p, const Parallel& pool) {
   const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.y.out_size;
   if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
+  if (correlate_small_groups(p, pool)) return;
   if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
     run<T, Acc<T>, true>(p, pool);
   else

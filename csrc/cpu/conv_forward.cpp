@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "cpu/conv_pointwise.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/reduce.h"
 
@@ -37,7 +38,7 @@ WeightView<T> weight_view(const ConvShape& s, const T* weight) {
   return view;
 }
 
-size_t packed_bytes(const ConvShape& s, ConvAlgorithm algorithm) {
+size_t bytes_for(const ConvShape& s, ConvAlgorithm algorithm) {
   size_t bytes = 0;
   if (algorithm == ConvAlgorithm::kWinograd4) {
     with_winograd_type(s.dtype,
@@ -48,8 +49,8 @@ size_t packed_bytes(const ConvShape& s, ConvAlgorithm algorithm) {
   return bytes;
 }
 
-void pack_weight(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, void* packed,
-                 const Parallel& pool) {
+void pack_for(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, void* packed,
+              const Parallel& pool) {
   if (algorithm == ConvAlgorithm::kWinograd4) {
     with_winograd_type(s.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -61,6 +62,29 @@ void pack_weight(const ConvShape& s, ConvAlgorithm algorithm, const void* weight
       pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
     });
   }
+}
+
+// Where a transformed weight is large, a few tiles are computed sooner by direct sums than it is
+// read. A weight packed for Winograd and images of any size is followed by the same for direct sums
+// then.
+bool packs_for_both(const ConvShape& s, ConvAlgorithm algorithm) {
+  constexpr int64_t kLargeWeight = 256 * 256;
+  return algorithm == ConvAlgorithm::kWinograd4 && s.channels * s.out_channels > kLargeWeight;
+}
+bool few_tiles(const ConvShape& s) {
+  constexpr int64_t kFewTiles = 10;
+  return s.batch * ceil_div(s.out_height, 4) * ceil_div(s.out_width, 4) < kFewTiles;
+}
+size_t packed_bytes(const ConvShape& s, ConvAlgorithm algorithm) {
+  const size_t direct = packs_for_both(s, algorithm) ? bytes_for(s, ConvAlgorithm::kDirect) : 0;
+  return bytes_for(s, algorithm) + direct;
+}
+void pack_weight(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, void* packed,
+                 const Parallel& pool) {
+  pack_for(s, algorithm, weight, packed, pool);
+  if (packs_for_both(s, algorithm))
+    pack_for(s, ConvAlgorithm::kDirect, weight,
+             static_cast<char*>(packed) + bytes_for(s, algorithm), pool);
 }
 
 // scale * (conv + bias) + shift as one factor and one term per channel, null where there is nothing
@@ -81,10 +105,31 @@ void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shif
 }
 
 template <class T>
+void forward_pointwise(const ConvForward& p, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  Pointwise<T> c{};
+  c.batch = s.batch;
+  c.channels = s.channels;
+  c.out_channels = s.out_channels;
+  c.pixels = s.height * s.width;
+  c.input = static_cast<const T*>(p.input);
+  c.weight = static_cast<const T*>(p.weight);
+  fold_affine<T>(p, &c.scale, &c.shift);
+  c.residual = static_cast<const T*>(p.residual);
+  c.activation = p.activation;
+  c.output = static_cast<T*>(p.output);
+  c.preactivation = static_cast<T*>(p.preactivation);
+  correlate_pointwise(c, pool);
+}
+
+template <class T>
 void forward_typed(const ConvForward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
+  if constexpr (kFusedEpilogue<T>) {
+    if (is_pointwise<T>(s, p.pool)) return forward_pointwise<T>(p, pool);
+  }
   const bool pool_fits = p.pool.kernel_h == 0 || p.pool.stride_h <= kWinogradMaxPoolStride;
-  const ConvAlgorithm algorithm = pool_fits ? p.algorithm : ConvAlgorithm::kDirect;
+  ConvAlgorithm algorithm = pool_fits ? p.algorithm : ConvAlgorithm::kDirect;
   Correlation<T> c{};
   c.channels_last = s.channels_last;
   c.batch = s.batch;
@@ -97,9 +142,13 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
   c.place_x = {s.out_width, 0, 1};
   c.input = static_cast<const T*>(p.input);
   c.weight = algorithm == p.algorithm ? p.packed_weight : nullptr;
+  if (p.packed_weight && packs_for_both(s, p.algorithm) && (!pool_fits || few_tiles(s))) {
+    algorithm = ConvAlgorithm::kDirect;
+    c.weight = static_cast<const char*>(p.packed_weight) + bytes_for(s, p.algorithm);
+  }
   if (!c.weight) {
-    void* packed = scratch_bytes(Scratch::kCall, packed_bytes(s, algorithm));
-    pack_weight(s, algorithm, p.weight, packed, pool);
+    void* packed = scratch_bytes(Scratch::kCall, bytes_for(s, algorithm));
+    pack_for(s, algorithm, p.weight, packed, pool);
     c.weight = packed;
   }
   fold_affine<T>(p, &c.scale, &c.shift);

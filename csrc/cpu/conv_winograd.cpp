@@ -33,8 +33,13 @@ struct Plan {
     plan.out_rows = p.pool.kernel_h ? p.pool.out_height : p.y.out_size;
     const int64_t image_tiles = ceil_div(p.y.out_size, kTile) * plan.tile_columns;
     const int64_t total = image_tiles * p.batch;
-    // As many blocks as the threads can share evenly.
-    const int64_t blocks = ceil_div(ceil_div(total, block_tiles(p.channels)), threads) * threads;
+    // As many blocks as the threads can share evenly; but of few tiles the threads share the output
+    // channels, lest each of them read the whole weight.
+    constexpr int64_t kMinShare = 24;
+    const bool share_channels =
+        total < kMinShare * threads && PanelSplit<VecF>::of(p.out_channels).count >= threads;
+    const int64_t even = share_channels ? 1 : threads;
+    const int64_t blocks = ceil_div(ceil_div(total, block_tiles(p.channels)), even) * even;
     const int64_t tiles = max_of<int64_t>(1, ceil_div(total, blocks));
     if (image_tiles <= tiles) {
       plan.pieces_per_image = 1;

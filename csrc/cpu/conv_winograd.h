@@ -19,6 +19,14 @@ FMK_INLINE bool winograd_pays(const ConvShape& s) {
   return form && s.channels >= 32 && s.out_channels >= 32 && s.channels % 16 == 0 &&
          (pixels == 0 || pixels >= 256);
 }
+// The same for the gradient of the weight, whose result costs as many products as a few dozen
+// tiles.
+FMK_INLINE bool winograd_gradient_pays(const ConvShape& s) {
+  constexpr int64_t kMinTiles = 48, kMaxBufferFloats = 24 << 20;  // of each thread's buffer
+  const int64_t tiles = s.batch * ceil_div(s.out_height, 4) * ceil_div(s.out_width, 4);
+  return winograd_pays(s) && tiles >= kMinTiles &&
+         36 * s.channels * s.out_channels <= kMaxBufferFloats;
+}
 // Strides up to this of a fused pool are supported.
 constexpr int64_t kWinogradMaxPoolStride = 4;
 
@@ -31,5 +39,8 @@ void pack_winograd_weight(const WeightView<T>&, void* packed, const Parallel&);
 // steps of 1).
 template <class T>
 void correlate_winograd(const Correlation<T>&, const Parallel&);
+// As weight_gradient().
+template <class T>
+void winograd_weight_gradient(const WeightGradient<T>&, const Parallel&);
 
 }  // namespace fmk::FMK_ISA

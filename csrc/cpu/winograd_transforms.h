@@ -67,6 +67,25 @@ struct WinogradF4 {
     u[4] = even2 - odd2;
     u[5] = g[2];
   }
+  // The adjoints, for the gradient of the weight: A y and G^T u.
+  FMK_INLINE void output_adjoint(const VecF (&y)[4], VecF (&m)[6]) {
+    m[0] = y[0];
+    const VecF even1 = fma(splat(0.5f), y[2], y[0]);
+    const VecF odd1 = splat(kRootHalf) * fma(splat(0.5f), y[3], y[1]);
+    m[1] = even1 + odd1;
+    m[2] = even1 - odd1;
+    const VecF even2 = fma(splat(2.0f), y[2], y[0]);
+    const VecF odd2 = splat(kRoot2) * fma(splat(2.0f), y[3], y[1]);
+    m[3] = even2 + odd2;
+    m[4] = even2 - odd2;
+    m[5] = y[3];
+  }
+  FMK_INLINE void weights_adjoint(const VecF (&u)[6], VecF (&g)[3]) {
+    const VecF even1 = (u[1] + u[2]) * splat(-1.0f / 3), even2 = (u[3] + u[4]) * splat(1.0f / 6);
+    g[0] = fma(splat(2.0f), even1, u[0] + even2);
+    g[1] = fma(splat(-2.0f / 3 * kRootHalf), u[1] - u[2], (u[3] - u[4]) * splat(kRoot2 / 6));
+    g[2] = fma(splat(2.0f), even2, even1 + u[5]);
+  }
 };
 
 // A ragged edge leaves R < 4 outputs of an axis: F(R, 3) on R + 2 of the six points. The rows of G
@@ -244,6 +263,35 @@ FMK_INLINE void transform_edge_output(const float* m, const Put& put) {
     VecF y[RX];
     X::output(rows[i], y);
     FMK_FOR (j, RX) put(i, j, y[j]);
+  }
+}
+
+// A y A^T, the adjoint of transform_output, for one tile and `channels` channels: pixels[x * 4 + y]
+// are those of a gradient, `out` gets [channel / W][point][W]; the gradient's sum is added to
+// `sums`.
+template <class F, class S>
+FMK_NOINLINE void transform_gradient(const S* const* pixels, int64_t channels, float* out,
+                                     float* sums) {
+  constexpr int n = F::kPoints, kOutputs = F::kOutputs, W = VecF::W;
+  for (int64_t channel = 0; channel < channels; channel += W, out += n * n * W) {
+    const int lanes = static_cast<int>(min_of<int64_t>(W, channels - channel));
+    VecF rows[n][kOutputs], total = load(sums + channel);
+    FMK_FOR (x, kOutputs) {
+      VecF y[kOutputs], m[n];
+      FMK_FOR (i, kOutputs) {
+        const S* from = pixels[x * kOutputs + i] + channel;
+        y[i] = lanes == W ? load(from) : load(from, lanes);
+      }
+      total = total + ((y[0] + y[1]) + (y[2] + y[3]));
+      F::output_adjoint(y, m);
+      FMK_FOR (i, n) rows[i][x] = m[i];
+    }
+    store(sums + channel, total);
+    FMK_FOR (i, n) {
+      VecF m[n];
+      F::output_adjoint(rows[i], m);
+      FMK_FOR (j, n) store(out + (i * n + j) * W, m[j]);
+    }
   }
 }
 

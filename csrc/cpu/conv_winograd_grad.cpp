@@ -1,0 +1,292 @@
+// The gradient of a 3x3 weight in Winograd form, the adjoint of the forward pass:
+//
+//   grad_weight = G^T [ sum over tiles of (B^T d B) . (A g A^T) ] G
+//
+// with d a tile's input and g its 4x4 outputs' gradient. Per point the sum is a GEMM whose
+// reduction runs over tiles: a fourth of the multiplications of the direct sum. Every thread adds
+// up its share of the tiles in a buffer of its own; the buffers are added in a fixed order.
+
+#include <type_traits>
+
+#include "cpu/conv_stage.h"
+#include "cpu/conv_winograd.h"
+#include "cpu/gemm.h"
+#include "cpu/winograd_transforms.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+using F = WinogradF4;
+constexpr int kTile = F::kOutputs, kWindow = F::kPoints, kPointCount = kWindow * kWindow;
+constexpr int W = VecF::W, kTaps = 9;
+constexpr int64_t kBlockTiles = 64;
+// Accumulators of a product: channels of the input x vectors of channels of the output. The rows
+// divide a vector, and there are enough of them to hide the latency of a multiply-add.
+constexpr int kRows = 4;
+
+// out[kRows][NV * W] += sum over tiles of a[tile * lda][kRows] * b[tile * ldb][NV][W].
+template <int NV>
+FMK_NOINLINE void multiply_tiles(const float* a, int64_t lda, const float* b, int64_t ldb,
+                                 int64_t tiles, float* out) {
+  VecF acc[kRows][NV];
+  FMK_FOR (i, kRows)
+    FMK_FOR (j, NV) acc[i][j] = load(out + (i * NV + j) * W);
+  for (int64_t tile = 0; tile < tiles; ++tile, a += lda, b += ldb) {
+    VecF panel[NV];
+    FMK_FOR (j, NV) panel[j] = pin(load(b + j * kPointCount * W));
+    __builtin_prefetch(a + kPointCount * W);  // the next vector of channels
+    FMK_FOR (i, kRows) {
+      const VecF x = splat(a[i]);
+      FMK_FOR (j, NV) acc[i][j] = fma(x, panel[j], acc[i][j]);
+    }
+  }
+  FMK_FOR (i, kRows)
+    FMK_FOR (j, NV) store(out + (i * NV + j) * W, acc[i][j]);
+}
+
+// Rows of an image as pixels of type S: NHWC where they lie, or staged as NHWC in a ring.
+template <class T, class S>
+struct RowSource {
+  const T* tensor;
+  bool channels_last;
+  int64_t channels, height, width, offset, pixels;  // pixels [offset, offset + pixels) of a row
+  int ring;
+  S* memory;  // zeros for a pixel, then the ring
+  int64_t image = -1, from = 0, to = 0;
+
+  static size_t bytes(bool channels_last, int64_t channels, int64_t pixels, int ring) {
+    return (channels + W + (channels_last ? 0 : ring * pixels * channels)) * sizeof(S);
+  }
+  void clear_zeros() const {
+    std::memset(static_cast<void*>(memory), 0, (channels + W) * sizeof(S));
+  }
+  // Rows [first, first + ring) of an image are wanted next.
+  void seek(int64_t wanted_image, int64_t first) {
+    if (channels_last) {
+      image = wanted_image;
+      return;
+    }
+    if constexpr (std::is_same_v<S, float>) {
+      const RowStage<T, float> stage{false, 1, channels, height, width, offset, pixels};
+      if (image != wanted_image || first < from) to = first;
+      image = wanted_image;
+      for (int64_t y = max_of(first, to); y < first + ring; ++y)
+        if (y >= 0 && y < height) stage.run(tensor + image * channels * height * width, y, row(y));
+      from = first;
+      to = first + ring;
+    }
+  }
+  // Row y, pixel offset + x.
+  const S* at(int64_t y, int64_t x) const {
+    const int64_t column = offset + x;
+    if (y < 0 || y >= height || column < 0 || column >= width) return memory;
+    if (channels_last)
+      return reinterpret_cast<const S*>(tensor) +
+             ((image * height + y) * width + column) * channels;
+    return row(y) + x * channels;
+  }
+
+ private:
+  S* row(int64_t y) const {
+    return memory + channels + W + (y % ring + ring) % ring * pixels * channels;
+  }
+};
+
+template <class T>
+class TileGradient {
+ public:
+  TileGradient(const WeightGradient<T>& p, const Parallel& pool)
+      : p_(p), split_(PanelSplit<VecF>::of(p.out_channels)) {
+    tile_rows_ = p.batch * ceil_div(p.y.out_size, kTile);
+    tile_columns_ = ceil_div(p.x.out_size, kTile);
+    products_ = split_.padded_columns() * p.channels * kPointCount;
+    buffer_ = products_ + split_.padded_columns();
+    shards = min_of<int64_t>(pool.threads, tile_rows_);
+    buffers_ = static_cast<float*>(scratch_bytes(Scratch::kCall, shards * buffer_ * sizeof(float)));
+  }
+
+  // The products of a share of the rows of tiles.
+  void run_shard(int64_t shard) const {
+    if (p_.channels_last)
+      accumulate<T>(shard);
+    else
+      accumulate<float>(shard);
+  }
+
+  // Vectors of input channels x panels of output channels.
+  int64_t result_blocks() const { return p_.channels / W * split_.count; }
+
+  // G^T u G of one block, to grad_weight[k][c][tap].
+  void finish_weight(int64_t block) const {
+    const int64_t vec = block / split_.count, panel = block % split_.count;
+    const int vecs = split_.width_vecs(panel);
+    const int64_t width = vecs * W, column = split_.column(panel);
+    const float* sums = buffers_ + block_offset(panel, vec);
+    alignas(64) float values[W * kTaps][W];  // [channel][tap][output channel]
+    for (int j = 0; j < vecs; ++j) {
+      const int64_t first = column + j * W;
+      const int lanes = static_cast<int>(min_of<int64_t>(W, p_.out_channels - first));
+      const VecF scale = p_.scale ? load(p_.scale + first, lanes) : splat(1.0f);
+      for (int channel = 0; channel < W; ++channel)
+        taps_of(sums + channel * width + j * W, width * W, scale, values + channel * kTaps);
+      T* to = p_.grad_weight + (first * p_.channels + vec * W) * kTaps;
+      for (int lane = 0; lane < lanes; ++lane, to += p_.channels * kTaps)
+        for (int i = 0; i < W * kTaps; ++i) narrow(to + i, values[i][lane]);
+    }
+  }
+  void finish_sums() const {
+    for (int64_t channel = 0; channel < p_.out_channels; channel += W) {
+      const int lanes = static_cast<int>(min_of<int64_t>(W, p_.out_channels - channel));
+      const VecF sum = total(buffers_ + products_ + channel);
+      const VecF scale = p_.scale ? load(p_.scale + channel, lanes) : splat(1.0f);
+      if (p_.grad_shift) store(p_.grad_shift + channel, sum, lanes);
+      if (p_.grad_bias) store(p_.grad_bias + channel, sum * scale, lanes);
+    }
+  }
+
+  int64_t shards;
+
+ private:
+  // A buffer is [panel][vector of channels][point][W][width], then the gradient's sums.
+  int64_t block_offset(int64_t panel, int64_t vec) const {
+    return (split_.column(panel) * p_.channels + vec * W * split_.width_vecs(panel) * W) *
+           kPointCount;
+  }
+  VecF total(const float* at) const {
+    VecF sum = load(at);
+    for (int64_t shard = 1; shard < shards; ++shard) sum = sum + load(at + shard * buffer_);
+    return sum;
+  }
+  void taps_of(const float* u, int64_t point_step, VecF scale, float (*taps)[W]) const {
+    VecF rows[3][kWindow];
+    for (int x = 0; x < kWindow; ++x) {
+      VecF column[kWindow], g[3];
+      for (int y = 0; y < kWindow; ++y) column[y] = total(u + (y * kWindow + x) * point_step);
+      F::weights_adjoint(column, g);
+      for (int y = 0; y < 3; ++y) rows[y][x] = g[y];
+    }
+    for (int y = 0; y < 3; ++y) {
+      VecF g[3];
+      F::weights_adjoint(rows[y], g);
+      for (int x = 0; x < 3; ++x) store(taps[y * 3 + x], g[x] * scale);
+    }
+  }
+
+  template <class S>
+  void accumulate(int64_t shard) const {
+    float* products = buffers_ + shard * buffer_;
+    std::memset(products, 0, buffer_ * sizeof(float));
+    const int64_t image_rows = ceil_div(p_.y.out_size, kTile);
+    const int64_t first = tile_rows_ * shard / shards, last = tile_rows_ * (shard + 1) / shards;
+    // One more line per tile, as in the forward pass.
+    const int64_t ld_input = p_.channels * kPointCount + 16;
+    const int64_t ld_grad = split_.padded_columns() * kPointCount + 16;
+    auto* inputs =
+        static_cast<float*>(scratch_bytes(Scratch::kRows, kBlockTiles * ld_input * sizeof(float)));
+    auto* grads =
+        static_cast<float*>(scratch_bytes(Scratch::kPanel, kBlockTiles * ld_grad * sizeof(float)));
+    RowSource<T, S> input{p_.input,
+                          p_.channels_last,
+                          p_.channels,
+                          p_.y.in_size,
+                          p_.x.in_size,
+                          p_.x.offset,
+                          tile_columns_ * kTile + kWindow - kTile,
+                          kWindow,
+                          nullptr};
+    RowSource<T, S> grad{
+        p_.grad, p_.channels_last,      p_.out_channels, p_.y.out_size, p_.x.out_size,
+        0,       tile_columns_ * kTile, kTile,           nullptr};
+    input.memory = static_cast<S*>(scratch_bytes(
+        Scratch::kExtra, input.bytes(p_.channels_last, p_.channels, input.pixels, kWindow)));
+    grad.memory = static_cast<S*>(scratch_bytes(
+        Scratch::kTile, grad.bytes(p_.channels_last, p_.out_channels, grad.pixels, kTile)));
+    input.clear_zeros();
+    grad.clear_zeros();
+    int64_t tiles = 0;
+    const auto flush = [&] {
+      multiply(inputs, ld_input, grads, ld_grad, tiles, products);
+      tiles = 0;
+    };
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t image = row / image_rows, y = row % image_rows * kTile;
+      input.seek(image, y + p_.y.offset);
+      grad.seek(image, y);
+      for (int64_t column = 0; column < tile_columns_; ++column) {
+        const S* windows[2][kPointCount];
+        find_window(input, y + p_.y.offset, column, windows[0]);
+        find_window(input, y + p_.y.offset, min_of(column + 1, tile_columns_ - 1), windows[1]);
+        transform_input<F>(windows[0], windows[1], p_.channels, inputs + tiles * ld_input);
+        const S* pixels[kTile * kTile];
+        for (int x = 0; x < kTile; ++x)
+          for (int i = 0; i < kTile; ++i)
+            pixels[x * kTile + i] = grad.at(y + i, column * kTile + x);
+        transform_gradient<F>(pixels, p_.out_channels, grads + tiles * ld_grad,
+                              products + products_);
+        if (++tiles == kBlockTiles) flush();
+      }
+    }
+    flush();
+  }
+  template <class S>
+  static void find_window(const RowSource<T, S>& input, int64_t top, int64_t column,
+                          const S** window) {
+    for (int x = 0; x < kWindow; ++x)
+      for (int y = 0; y < kWindow; ++y)
+        window[x * kWindow + y] = input.at(top + y, column * kTile + x);
+  }
+
+  void multiply(const float* inputs, int64_t ld_input, const float* grads, int64_t ld_grad,
+                int64_t tiles, float* products) const {
+    for (int64_t panel = 0; panel < split_.count; ++panel) {
+      const int vecs = split_.width_vecs(panel);
+      const float* b = grads + split_.column(panel) * kPointCount;
+      for (int point = 0; point < kPointCount; ++point)
+        for (int64_t vec = 0; vec < p_.channels / W; ++vec) {
+          const float* a = inputs + (vec * kPointCount + point) * W;
+          float* out = products + block_offset(panel, vec) + point * W * vecs * W;
+          for (int i = 0; i < W; i += kRows)
+            multiply_panel(vecs, a + i, ld_input, b + point * W, ld_grad, tiles,
+                           out + i * vecs * W);
+        }
+    }
+  }
+  static void multiply_panel(int vecs, const float* a, int64_t lda, const float* b, int64_t ldb,
+                             int64_t tiles, float* out) {
+    switch (vecs) {
+      case 1: return multiply_tiles<1>(a, lda, b, ldb, tiles, out);
+      case 2: return multiply_tiles<2>(a, lda, b, ldb, tiles, out);
+#if defined(__AVX512F__)
+      case 3: return multiply_tiles<3>(a, lda, b, ldb, tiles, out);
+      case 4: return multiply_tiles<4>(a, lda, b, ldb, tiles, out);
+#endif
+    }
+  }
+
+  const WeightGradient<T>& p_;
+  PanelSplit<VecF> split_;
+  int64_t tile_rows_, tile_columns_;
+  int64_t products_, buffer_;  // floats of the products, and of a whole buffer
+  float* buffers_;
+};
+
+}  // namespace
+
+template <class T>
+void winograd_weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
+  const TileGradient<T> work(p, pool);
+  parallel_for(pool, work.shards, [&](int64_t shard) { work.run_shard(shard); });
+  work.finish_sums();
+  if (!p.grad_weight) return;
+  const int64_t blocks = work.result_blocks(), shards = min_of<int64_t>(pool.threads, blocks);
+  parallel_for(pool, shards, [&](int64_t shard) {
+    for (int64_t block = blocks * shard / shards; block < blocks * (shard + 1) / shards; ++block)
+      work.finish_weight(block);
+  });
+}
+
+template void winograd_weight_gradient(const WeightGradient<float>&, const Parallel&);
+template void winograd_weight_gradient(const WeightGradient<bf16>&, const Parallel&);
+template void winograd_weight_gradient(const WeightGradient<f16>&, const Parallel&);
+
+}  // namespace fmk::FMK_ISA
