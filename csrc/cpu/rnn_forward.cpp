@@ -1,406 +1,628 @@
-// LSTM forward. Weights are packed with the gates interleaved: a panel holds, for one vector of
-// hidden units, all words of the reduction over x and then over h, each word with the four gates
-// side by side [word][4 gates][W units]. A tile then ends with i, f, g, o of the same units for its
-// rows, and the cell is finished from L1; pre-activations are never written out.
+// Forward pass of the recurrent layers. A tile computes the pre-activations of one block of units
+// (rnn_pack.h) for a few rows; they are finished from L1 and never written out, except for LSTM
+// variants whose rows must be complete first (layer norm, projection).
+//
+// Two schedules. Items: each thread takes a direction or a slice of the batch through the whole
+// sequence by itself. Team: where a slice would have few rows for the weights that it reads, the
+// threads share the units of all rows, with one barrier per step; each then reads only its own part
+// of the weights.
 #include <type_traits>
 
-#include "cpu/rnn_internal.h"
+#include "core/team.h"
+#include "cpu/rnn_cells.h"
+#include "cpu/rnn_lstm_variant.h"
+#include "cpu/rnn_pack.h"
 
 namespace fmk::FMK_ISA {
 namespace {
-
-constexpr int kGates = 4;
-constexpr int kGateTileRows = kTileRows[kGates];
-
-// Where things lie in packed weights; per direction the biases, then the panels.
-template <class T>
-struct PackedLayout {
-  static constexpr int W = Vec<T>::W;
-  static constexpr int kWidth = kGates * W;
-  int64_t units, x_words, h_words;  // units: vectors of hidden units
-
-  FMK_INLINE PackedLayout of(const LstmShape& s) {
-    return {ceil_div(s.hidden_size, W), words_of<T>(s.input_size), words_of<T>(s.hidden_size)};
-  }
-  int64_t panel_words() const { return (x_words + h_words) * kWidth; }
-  size_t bias_bytes() const { return static_cast<size_t>(units) * kWidth * sizeof(Acc<T>); }
-  size_t direction_bytes() const {
-    return bias_bytes() + static_cast<size_t>(units * panel_words()) * sizeof(Word<T>);
-  }
-  const Acc<T>* bias(const void* direction, int64_t unit) const {
-    return static_cast<const Acc<T>*>(direction) + unit * kWidth;
-  }
-  const Word<T>* x_panel(const void* direction, int64_t unit) const {
-    const char* panels = static_cast<const char*>(direction) + bias_bytes();
-    return reinterpret_cast<const Word<T>*>(panels) + unit * panel_words();
-  }
-  const Word<T>* h_panel(const void* direction, int64_t unit) const {
-    return x_panel(direction, unit) + x_words * kWidth;
-  }
-};
-
-// One gate's rows of a weight matrix [columns][k] into its quarter of a panel.
-template <class T>
-FMK_NOINLINE void pack_gate(const T* weight, int64_t k, int64_t columns, Word<T>* to) {
-  constexpr int W = Vec<T>::W, kWidth = kGates * W;
-  if constexpr (kWordsInPlace<T>) {
-    pack_columns_into_panel(weight, k, k, columns, W, to, kWidth);
-  } else {
-    auto* wide = static_cast<Word<T>*>(
-        scratch_bytes(Scratch::kRows, static_cast<size_t>(columns * k) * sizeof(Word<T>)));
-    convert(weight, wide, columns * k);
-    pack_columns_into_panel(wide, k, k, columns, W, to, kWidth);
-  }
-}
-
-template <class T>
-void pack_unit(const LstmShape& s, const LstmWeights& weights, const PackedLayout<T>& layout,
-               int64_t unit, char* direction) {
-  constexpr int W = Vec<T>::W;
-  const int64_t first = unit * W, columns = min_of<int64_t>(W, s.hidden_size - first);
-  auto* bias = const_cast<Acc<T>*>(layout.bias(direction, unit));
-  auto* x_panel = const_cast<Word<T>*>(layout.x_panel(direction, unit));
-  auto* h_panel = const_cast<Word<T>*>(layout.h_panel(direction, unit));
-  const auto* b_ih = static_cast<const T*>(weights.b_ih);
-  const auto* b_hh = static_cast<const T*>(weights.b_hh);
-  for (int gate = 0; gate < kGates; ++gate) {
-    const int64_t row = gate * s.hidden_size + first;
-    pack_gate(static_cast<const T*>(weights.w_ih) + row * s.input_size, s.input_size, columns,
-              x_panel + gate * W);
-    pack_gate(static_cast<const T*>(weights.w_hh) + row * s.hidden_size, s.hidden_size, columns,
-              h_panel + gate * W);
-    for (int64_t j = 0; j < W; ++j)
-      bias[gate * W + j] = b_ih && j < columns ? widen(b_ih[row + j]) + widen(b_hh[row + j]) : 0;
-  }
-}
-
-template <class T>
-void pack_typed(const LstmShape& s, const LstmWeights* weights, char* packed,
-                const Parallel& pool) {
-  const auto layout = PackedLayout<T>::of(s);
-  const int64_t count = s.directions * layout.units;
-  const bool serial = s.directions * layout.direction_bytes() < 128 * 1024;
-  const int64_t shards = serial ? 1 : min_of<int64_t>(pool.threads, count);
-  parallel_for(pool, shards, [&](int64_t shard) {
-    for (int64_t i = count * shard / shards; i < count * (shard + 1) / shards; ++i) {
-      const int64_t d = i / layout.units;
-      pack_unit(s, weights[d], layout, i % layout.units, packed + d * layout.direction_bytes());
-    }
-  });
-}
 
 // gates[i][:] = init[i][:] + x_i * x panel + h_i * h panel, for the rows of one tile.
 template <class M>
 struct GateOperands {
   using Word = typename M::Word;
+  using Elem = typename M::V::Elem;
   struct Part {
     const Word* const* rows;
     int64_t words;
     const Word* panel;
   };
   Part parts[2];
-  const typename M::V::Elem* init;  // [rows][ld_init]; ld_init 0 repeats one row
+  const Elem* init;  // [rows][ld_init]; ld_init 0 repeats one row; null: zeros
   int64_t ld_init;
-  typename M::V::Elem* gates;  // [rows][4 * W]
+  Elem* gates;  // [rows][ld_gates]
+  int64_t ld_gates;
 };
 
-template <class M, int MR>
+// kChained: the sum over the words of a row is one chain, however many rows the tile has, so that a
+// row's result does not depend on its company.
+template <class M, int MR, int NV, bool kChained>
 FMK_NOINLINE void gate_tile(const GateOperands<M>& in) {
   using V = typename M::V;
-  constexpr int64_t kWidth = kGates * V::W;
-  V acc[kPartialSums<MR, kGates>][MR][kGates];
+  V acc[kChained ? 1 : kPartialSums<MR, NV>][MR][NV];
   clear_sums(acc);
   for (const auto& part : in.parts)
-    if (part.words) accumulate_rows<M>(acc, part.rows, part.words, part.panel, kWidth);
+    if (part.words) accumulate_rows<M>(acc, part.rows, part.words, part.panel, NV * V::W);
   add_sums(acc, in.init, in.ld_init);
-  StoreAccumulators<V>{in.gates, kWidth}.run(acc[0]);
+  StoreAccumulators<V>{in.gates, in.ld_gates}.run(acc[0]);
 }
 
-template <class M, int MR = kGateTileRows>
+template <class M, int NV, bool kChained, int MR = kTileRows[NV]>
 FMK_INLINE void run_gate_tile(int rows, const GateOperands<M>& in) {
   if constexpr (MR > 1) {
-    if (rows < MR) return run_gate_tile<M, MR - 1>(rows, in);
+    if (rows < MR) return run_gate_tile<M, NV, kChained, MR - 1>(rows, in);
   }
-  gate_tile<M, MR>(in);
+  gate_tile<M, MR, NV, kChained>(in);
 }
 
-// The cell for `rows` rows of one vector of units. All pointers are at the first row and unit.
+// What the members of a team share, or an item has for itself.
 template <class T>
-struct CellStep {
-  const Acc<T>* gates;  // [rows][4 * W] pre-activations
-  int lanes;            // valid units
-  Acc<T>* c;            // [rows][ld_state], updated
-  Operand<T>* hidden;   // [rows][ld_state], the next step's operand
-  int64_t ld_state;
-  T* output;
-  int64_t ld_output;
-  T* saved_gates;  // null: not kept
-  Acc<T>* saved_cells;
-  int64_t hidden_size;  // of the saved rows: 4 * hidden_size gates, hidden_size cells
+struct SharedState {
+  Acc<T>* c;              // [rows][ld_c]
+  Operand<T>* hidden[2];  // [rows][ld_h] each, adjacent; the steps alternate
+  int64_t ld_c, ld_h;
+
+  // + W: rows a power of two apart would share L1 sets.
+  FMK_INLINE SharedState of(const RnnShape& s, int64_t rows, Arena& arena) {
+    constexpr int64_t W = Vec<T>::W, kBlock = 2 * W;
+    SharedState state;
+    state.ld_c = ceil_div(s.hidden_size, kBlock) * kBlock + W;
+    state.ld_h = ceil_div(s.output_size, kBlock) * kBlock + W;
+    state.c = arena.take<Acc<T>>(s.kind == RnnKind::kLstm ? rows * state.ld_c : 0);
+    state.hidden[0] = arena.take<Operand<T>>(2 * rows * state.ld_h);
+    state.hidden[1] = state.hidden[0] ? state.hidden[0] + rows * state.ld_h : nullptr;
+    return state;
+  }
 };
 
-// sigmoid(a) tanh(b) = (1 - e) / ((1 + e^-a) (1 + e)), e = e^-2b: one division for both. Where b is
-// cut, tanh has rounded to -1; where e^-a overflows, the quotient is 0 as it should be.
-template <class V>
-struct SigmoidTimesTanh {
-  V a_term, b_term;  // 1 + e^-a, e^-2b - 1
-
-  FMK_INLINE SigmoidTimesTanh of(V a, V b) {
-    return {splat_as<V>(1) + exp(zero<V>() - a), expm1(max(splat_as<V>(-20), b) * splat_as<V>(-2))};
-  }
-  FMK_LAMBDA V product() const {
-    return (zero<V>() - b_term) / (a_term * (splat_as<V>(2) + b_term));
-  }
-  FMK_LAMBDA V sigmoid_a() const { return splat_as<V>(1) / a_term; }
-  FMK_LAMBDA V tanh_b() const { return (zero<V>() - b_term) / (splat_as<V>(2) + b_term); }
-};
-
-template <class T, bool kSave>
-FMK_NOINLINE void finish_cells(CellStep<T> s, int rows) {
-  using V = Vec<T>;
-  constexpr int W = V::W;
-  for (int row = 0; row < rows; ++row) {
-    const V i = load(s.gates), f = load(s.gates + W), g = load(s.gates + 2 * W),
-            o = load(s.gates + 3 * W);
-    const V keep = sigmoid(f);
-    const auto enter = SigmoidTimesTanh<V>::of(i, g);
-    const V c = fma(keep, load(s.c), enter.product());
-    const auto leave = SigmoidTimesTanh<V>::of(o, c);
-    V h = leave.product();
-    if constexpr (kSave) {
-      store_lanes(s.saved_gates, enter.sigmoid_a(), s.lanes);
-      store_lanes(s.saved_gates + s.hidden_size, keep, s.lanes);
-      store_lanes(s.saved_gates + 2 * s.hidden_size, enter.tanh_b(), s.lanes);
-      store_lanes(s.saved_gates + 3 * s.hidden_size, leave.sigmoid_a(), s.lanes);
-      store_lanes(s.saved_cells, c, s.lanes);
-      s.saved_gates += kGates * s.hidden_size;
-      s.saved_cells += s.hidden_size;
-    }
-    store(s.c, c);
-    store_lanes(s.output, h, s.lanes);
-    if constexpr (!std::is_same_v<T, Operand<T>>) h = load(s.output, s.lanes);  // as rounded
-    store_lanes(s.hidden, h, s.lanes);
-    s.gates += kGates * W;
-    s.c += s.ld_state;
-    s.hidden += s.ld_state;
-    s.output += s.ld_output;
-  }
-}
-
-// One item of the work: a direction of a slice of the batch, all steps.
-template <class T>
+// A direction of some rows, all steps: as an item by itself, or as a member of a team with a part
+// of the units.
+template <class T, class Blocks>
 class SequenceRun {
  public:
   using M = Mac<T>;
   using V = Vec<T>;
-  static constexpr int W = V::W, kWidth = kGates * W;
+  static constexpr int W = V::W;
+  static constexpr int64_t kRow = PackedLayout<T, Blocks>::kRow;
+  static constexpr bool kLstm = std::is_same_v<Blocks, LstmBlocks>;
   // Below this many rows the two halves of a panel are better read one after the other: the input's
   // part for several steps at once, which reads it that many times less often.
   static constexpr int64_t kFewRows = 16, kHoistedRows = 64;
 
-  // `packed` is the direction's.
-  FMK_LAMBDA SequenceRun(const LstmForward& problem, const PackedLayout<T>& packed_layout,
-                         const char* packed_direction, int64_t direction, int64_t first_row,
-                         int64_t row_count)
+  FMK_LAMBDA SequenceRun(const RnnForward& problem, const PackedLayout<T, Blocks>& packed_layout,
+                         const char* packed_direction, int64_t direction, const ItemRows& item_rows)
       : p(problem),
         layout(packed_layout),
         packed(packed_direction),
         d(direction),
-        row0(first_row),
-        rows(row_count) {}
+        rows(item_rows),
+        variant_(kLstm && !is_plain(problem.shape, problem.variant)),
+        hoisted_(item_rows.count < kFewRows || problem.variant.layer_norm) {}
 
+  // As an item.
   void run() {
-    const int64_t steps = p.shape.steps;
-    const bool hoisted = rows < kFewRows && steps > 1;
-    const int64_t chunk = hoisted ? min_of(steps, max_of<int64_t>(2, kHoistedRows / rows)) : 1;
-    const int64_t ld = state_ld();
-
     Arena sizes{nullptr};
-    plan(sizes, chunk, hoisted);
+    shared_ = SharedState<T>::of(p.shape, rows.count, sizes);
+    plan(sizes);
     Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
-    plan(arena, chunk, hoisted);
+    shared_ = SharedState<T>::of(p.shape, rows.count, arena);
+    plan(arena);
+    begin(shared_);
+    sequence(nullptr);
+  }
 
-    const T* h0 = static_cast<const T*>(p.h0) + (d * p.shape.batch + row0) * hidden_size();
-    const T* c0 = static_cast<const T*>(p.c0) + (d * p.shape.batch + row0) * hidden_size();
+  // As member `index` of a team whose state begin() has prepared.
+  void run_in(Team& team, int index, const SharedState<T>& state) {
+    block0_ = layout.blocks * index / team.size();
+    block1_ = layout.blocks * (index + 1) / team.size();
+    member_ = index;
+    members_ = team.size();
+    shared_ = state;
+    Arena sizes{nullptr};
+    plan(sizes);
+    Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
+    plan(arena);
+    sequence(&team);
+  }
+
+  // The initial states, in both buffers: a row may enter late.
+  void begin(const SharedState<T>& state) const {
+    const int64_t H = p.shape.hidden_size;
     // What lies behind the last unit is multiplied by zero weights, so it must be finite.
-    std::memset(static_cast<void*>(hidden_[0]), 0, 2 * rows * ld * sizeof(Operand<T>));
-    for (int64_t row = 0; row < rows; ++row) {
-      widen_padded(c0 + row * hidden_size(), hidden_size(), ld, Acc<T>(0), c_ + row * ld);
-      convert(h0 + row * hidden_size(), hidden_[0] + row * ld, hidden_size());
-      for (int side = 0; side < 2; ++side)
-        hidden_rows_[side * rows + row] =
-            reinterpret_cast<const Word<T>*>(hidden_[0] + (side * rows + row) * ld);
-    }
-
-    int side = 0;
-    for (int64_t first = 0; first < steps; first += chunk) {
-      const int64_t count = min_of(chunk, steps - first);
-      point_at_inputs(first, count);
-      if (hoisted) project_inputs(count * rows);
-      for (int64_t i = 0; i < count; ++i, side ^= 1) one_step(first + i, i, hoisted, side);
-    }
-
-    T* h_n = static_cast<T*>(p.h_n) + (d * p.shape.batch + row0) * hidden_size();
-    T* c_n = static_cast<T*>(p.c_n) + (d * p.shape.batch + row0) * hidden_size();
-    for (int64_t row = 0; row < rows; ++row) {
-      convert(hidden_[side] + row * ld, h_n + row * hidden_size(), hidden_size());
-      convert(c_ + row * ld, c_n + row * hidden_size(), hidden_size());
+    std::memset(static_cast<void*>(state.hidden[0]), 0,
+                2 * rows.count * state.ld_h * sizeof(Operand<T>));
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t row = d * p.shape.batch + rows.index(i);
+      for (Operand<T>* hidden : state.hidden) put_operand(row, hidden + i * state.ld_h);
+      if constexpr (kLstm) {
+        Acc<T>* c = state.c + i * state.ld_c;
+        load_cell_row<T>(p.c0, p.wide_cell, row * H, H, c);
+        for (int64_t j = H; j < state.ld_c; ++j) c[j] = 0;
+      }
     }
   }
 
  private:
-  const LstmForward& p;
-  const PackedLayout<T> layout;
+  const RnnForward& p;
+  const PackedLayout<T, Blocks> layout;
   const char* packed;
-  const int64_t d, row0, rows;
+  const int64_t d;
+  const ItemRows rows;
+  const bool variant_, hoisted_;
+  int64_t block0_ = 0, block1_ = -1;
+  int member_ = 0, members_ = 1;
 
-  int64_t state_ld() const {
-    return layout.units * W + W;  // + W: rows a power of two apart would share L1 sets
-  }
-  bool input_in_place() const { return kWordsInPlace<T> && p.shape.input_size % M::kPair == 0; }
-  int64_t time(int64_t step) const { return d == 0 ? step : p.shape.steps - 1 - step; }
-  int64_t hidden_size() const { return p.shape.hidden_size; }
-
-  Acc<T>* c_;                    // [rows][ld]
-  Operand<T>* hidden_[2];        // [rows][ld] each, adjacent; the steps alternate
+  SharedState<T> shared_;
   const Word<T>** hidden_rows_;  // [2][rows]
   const Word<T>** input_rows_;   // [chunk][rows]
-  Acc<T>* gates_;                // [units][chunk * rows][4 * W] if hoisted, else one tile
-  int64_t gates_ld_unit_;        // 0 if not hoisted
   Word<T>* converted_;           // [chunk][rows][x_words], unless the input is read in place
+  Acc<T>* projected_;            // hoisted: [blocks][chunk * rows][kRow]
+  Acc<T>* gates_;                // [blocks at a time][rows][kRow]
+  T** outputs_;                  // of the rows at a step
+  T** cell_outputs_;
+  int64_t* saved_rows_;
+  // LSTM variants:
+  VariantParameters<T> parameters_;
+  Acc<T>*state_, *fresh_, *leave_, *gated_;  // h as rounded [rows][ld_h]; c~ and o of a row; o * A
+  Operand<T>* to_project_;                   // [rows][ld_c]
+  const Word<T>** project_rows_;
+  Acc<T>* new_hidden_;  // [rows][ld_h]
 
-  void plan(Arena& arena, int64_t chunk, bool hoisted) {
-    c_ = arena.take<Acc<T>>(rows * state_ld());
-    hidden_[0] = arena.take<Operand<T>>(2 * rows * state_ld());
-    hidden_[1] = hidden_[0] ? hidden_[0] + rows * state_ld() : nullptr;
-    hidden_rows_ = arena.take<const Word<T>*>(2 * rows);
-    input_rows_ = arena.take<const Word<T>*>(chunk * rows);
-    gates_ld_unit_ = hoisted ? chunk * rows * kWidth : 0;
-    gates_ = arena.take<Acc<T>>(hoisted ? layout.units * gates_ld_unit_ : kGateTileRows * kWidth);
-    converted_ = arena.take<Word<T>>(input_in_place() ? 0 : chunk * rows * layout.x_words);
+  int64_t chunk() const {
+    return hoisted_ ? max_of<int64_t>(
+                          1, min_of(p.shape.steps, kHoistedRows / max_of<int64_t>(1, rows.count)))
+                    : 1;
+  }
+  int64_t own_blocks() const { return (block1_ < 0 ? layout.blocks : block1_) - block0_; }
+  bool input_in_place() const { return kWordsInPlace<T> && p.shape.input_size % M::kPair == 0; }
+  bool projects() const { return p.shape.output_size != p.shape.hidden_size; }
+  int64_t time(int64_t step) const { return d == 0 ? step : p.shape.steps - 1 - step; }
+  const T* recurrent_mask(int64_t row) const {
+    const auto* mask = static_cast<const T*>(p.variant.recurrent_mask);
+    return mask ? mask + (d * p.shape.batch + rows.index(row)) * p.shape.output_size : nullptr;
+  }
+
+  // h0 of a (direction, batch) row as an operand, under the recurrent mask.
+  void put_operand(int64_t row, Operand<T>* to) const {
+    const int64_t P = p.shape.output_size;
+    const auto* from = static_cast<const T*>(p.h0) + row * P;
+    const auto* mask = static_cast<const T*>(p.variant.recurrent_mask);
+    for (int64_t j = 0; j < P; j += W) {
+      const int lanes = static_cast<int>(min_of<int64_t>(W, P - j));
+      V h = load_lanes(from + j, lanes);
+      if (mask) h = h * load_lanes(mask + row * P + j, lanes);
+      store_lanes(to + j, h, lanes);
+    }
+  }
+
+  void plan(Arena& arena) {
+    if (block1_ < 0) block1_ = layout.blocks;
+    const int64_t n = rows.count, span = chunk() * n;
+    hidden_rows_ = arena.take<const Word<T>*>(2 * n);
+    input_rows_ = arena.take<const Word<T>*>(span);
+    converted_ = arena.take<Word<T>>(input_in_place() ? 0 : span * layout.x_words);
+    projected_ = arena.take<Acc<T>>(hoisted_ ? own_blocks() * span * kRow : 0);
+    gates_ = arena.take<Acc<T>>((variant_ ? layout.blocks : 1) * n * kRow);
+    outputs_ = arena.take<T*>(n);
+    cell_outputs_ = arena.take<T*>(n);
+    saved_rows_ = arena.take<int64_t>(n);
+    if (!variant_) return;
+    parameters_ = VariantParameters<T>::of(p.shape, p.weights[d], p.variant.layer_norm, arena);
+    state_ = arena.take<Acc<T>>(n * shared_.ld_h);
+    fresh_ = arena.take<Acc<T>>(shared_.ld_c);
+    leave_ = arena.take<Acc<T>>(shared_.ld_c);
+    gated_ = arena.take<Acc<T>>(shared_.ld_c);
+    to_project_ = arena.take<Operand<T>>(projects() ? n * shared_.ld_c : 0);
+    project_rows_ = arena.take<const Word<T>*>(n);
+    new_hidden_ = arena.take<Acc<T>>(projects() ? n * shared_.ld_h : 0);
+  }
+
+  void sequence(Team* team) {
+    const int64_t steps = p.shape.steps, n = rows.count, span = chunk();
+    for (int side = 0; side < 2; ++side)
+      for (int64_t i = 0; i < n; ++i)
+        hidden_rows_[side * n + i] =
+            reinterpret_cast<const Word<T>*>(shared_.hidden[side] + i * shared_.ld_h);
+    if (variant_) prepare_variant();
+    if (member_ == 0) finish_rows(rows.active(0), n, 0);  // sequences of no steps
+    int side = 0;
+    for (int64_t first = 0; first < steps; first += span) {
+      const int64_t count = min_of(span, steps - first);
+      point_at_inputs(first, count);
+      if (hoisted_) project_inputs(first, count);
+      for (int64_t i = 0; i < count; ++i, side ^= 1) {
+        const int64_t step = first + i, t = time(step), active = rows.active(t);
+        const int64_t next = step + 1 < steps ? rows.active(time(step + 1)) : 0;
+        one_step(t, i, active, side);
+        zero_outputs(t, active);
+        if (team) team->barrier();
+        if (member_ == 0) finish_rows(next, active, side ^ 1);
+        // Side by side with the next step: that one writes the other buffer, and c of rows that go
+        // on.
+      }
+    }
+  }
+
+  // Final states of rows [begin, end), which take part in no further step.
+  void finish_rows(int64_t begin, int64_t end, int side) {
+    const int64_t H = p.shape.hidden_size, P = p.shape.output_size;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = d * p.shape.batch + rows.index(i);
+      T* h_n = static_cast<T*>(p.h_n) + row * P;
+      if (variant_)
+        convert(state_ + i * shared_.ld_h, h_n, P);
+      else
+        convert(shared_.hidden[side] + i * shared_.ld_h, h_n, P);
+      if constexpr (kLstm)
+        store_cell_row<T>(shared_.c + i * shared_.ld_c, H, p.wide_cell, row * H, p.c_n);
+    }
+  }
+
+  void zero_outputs(int64_t t, int64_t active) {
+    for (int64_t i = active + member_; i < rows.count; i += members_) {
+      std::memset(static_cast<void*>(output(t, i)), 0, p.shape.output_size * sizeof(T));
+      if (p.cell_states)
+        std::memset(static_cast<void*>(cell_output(t, i)), 0, p.shape.hidden_size * sizeof(T));
+    }
+  }
+  T* output(int64_t t, int64_t i) const {
+    return static_cast<T*>(p.output) + t * p.output_strides.step +
+           rows.index(i) * p.output_strides.row + d * p.shape.output_size;
+  }
+  T* cell_output(int64_t t, int64_t i) const {
+    return static_cast<T*>(p.cell_states) + t * p.cell_strides.step +
+           rows.index(i) * p.cell_strides.row + d * p.shape.hidden_size;
   }
 
   void point_at_inputs(int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t row = 0; row < rows; ++row) {
-        const T* x = static_cast<const T*>(p.input) + time(first + i) * p.input_strides.step +
-                     (row0 + row) * p.input_strides.row;
-        const int64_t index = i * rows + row;
+    for (int64_t step = 0; step < count; ++step) {
+      const int64_t t = time(first + step), active = rows.active(t);
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const T* x = static_cast<const T*>(p.input) + t * p.input_strides.step +
+                     rows.index(i) * p.input_strides.row;
+        const int64_t place = step * rows.count + i;
         if (input_in_place()) {
-          input_rows_[index] = reinterpret_cast<const Word<T>*>(x);
+          input_rows_[place] = reinterpret_cast<const Word<T>*>(x);
         } else {
-          Word<T>* copy = converted_ + index * layout.x_words;
-          pack_rows(x, 0, 1, p.shape.input_size, copy);
-          input_rows_[index] = copy;
+          Word<T>* copy = converted_ + place * layout.x_words;
+          if (i < active) pack_rows(x, 0, 1, p.shape.input_size, copy);
+          input_rows_[place] = copy;
         }
       }
+    }
   }
 
-  // gates_ = bias + x W_ih^T for all rows of the chunk.
-  void project_inputs(int64_t count) {
-    const auto tiles = RowTiles::of(count, kGates);
-    for (int64_t unit = 0; unit < layout.units; ++unit)
-      for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const int64_t row = tiles.begin(t);
-        GateOperands<M> in{};
-        in.parts[0] = {input_rows_ + row, layout.x_words, layout.x_panel(packed, unit)};
-        in.init = layout.bias(packed, unit);
-        in.gates = gates_ + unit * gates_ld_unit_ + row * kWidth;
-        run_gate_tile(tiles.rows(t), in);
+  // One panel of one block for rows [0, count) of the operands, a tile at a time.
+  template <int kPanel, bool kChained>
+  void panel_tiles(int64_t count, GateOperands<M> in) const {
+    constexpr int NV = Blocks::kWidth[kPanel];
+    const auto tiles = RowTiles::of(count, NV);
+    for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+      const int64_t row = tiles.begin(tile);
+      GateOperands<M> own = in;
+      for (auto& part : own.parts) part.rows += part.words ? row : 0;
+      if (own.init) own.init += row * own.ld_init;
+      own.gates += row * own.ld_gates;
+      run_gate_tile<M, NV, kChained>(tiles.rows(tile), own);
+    }
+  }
+
+  // projected_ = bias + x W_ih^T for all rows of the chunk.
+  void project_inputs(int64_t first, int64_t count) {
+    for (int64_t block = block0_; block < block1_; ++block) {
+      project_panel<0>(block, count);
+      if constexpr (Blocks::kPanels > 1) project_panel<1>(block, count);
+    }
+    if (!p.variant.layer_norm) return;
+    for (int64_t step = 0; step < count; ++step) {
+      const int64_t t = time(first + step), active = rows.active(t);
+      for (int64_t i = 0; i < active; ++i) {
+        const int64_t saved = saved_row(t, i), H = p.shape.hidden_size;
+        VariantRow<T> row{};
+        row.variant = &p.variant;
+        row.parameters = &parameters_;
+        row.hidden_size = H;
+        row.block_step = chunk() * rows.count * kRow;
+        row.normalise_input(
+            projected_ + (step * rows.count + i) * kRow,
+            p.normed_ih ? static_cast<T*>(p.normed_ih) + saved * 4 * H : nullptr,
+            p.norm_scales ? static_cast<Acc<T>*>(p.norm_scales) + saved * 2 : nullptr);
       }
+    }
+  }
+  template <int kPanel>
+  void project_panel(int64_t block, int64_t count) {
+    GateOperands<M> in{};
+    in.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+    in.init = layout.bias(packed, block) + Blocks::x_position(kPanel) * W;
+    in.gates = projected_ + (block - block0_) * chunk() * rows.count * kRow +
+               Blocks::x_position(kPanel) * W;
+    in.ld_gates = kRow;
+    panel_tiles<kPanel, true>(count * rows.count, in);
   }
 
-  void one_step(int64_t step, int64_t index, bool hoisted, int side) {
-    const int64_t t = time(step), ld = state_ld(), H = hidden_size();
-    const int64_t batch = p.shape.batch, saved_row = (d * p.shape.steps + t) * batch + row0;
-    T* output =
-        static_cast<T*>(p.output) + t * p.output_strides.step + row0 * p.output_strides.row + d * H;
-    const auto tiles = RowTiles::of(rows, kGates);
-    for (int64_t unit = 0; unit < layout.units; ++unit)
+  // The pre-activations of a block for the active rows. `gates` receives them.
+  template <int kPanel>
+  void block_panel(int64_t block, int64_t index, int64_t active, int side, Acc<T>* gates) {
+    constexpr int kX = Blocks::x_position(kPanel), kH = Blocks::h_position(kPanel);
+    GateOperands<M> in{};
+    in.gates = gates + kH * W;
+    in.ld_gates = kRow;
+    in.parts[1] = {hidden_rows_ + side * rows.count, layout.h_words,
+                   layout.h_panel(packed, block, kPanel)};
+    if (p.variant.layer_norm) return panel_tiles<kPanel, false>(active, in);
+    in.init = layout.bias(packed, block) + kH * W;
+    if (kX == kH && hoisted_) {
+      in.init = projected_ + ((block - block0_) * chunk() + index) * rows.count * kRow + kX * W;
+      in.ld_init = kRow;
+    } else if (kX == kH) {
+      in.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+    }
+    panel_tiles<kPanel, false>(active, in);
+    if constexpr (kX != kH) {
+      Acc<T>* to = gates + kX * W;
+      if (hoisted_) {
+        const Acc<T>* from =
+            projected_ + ((block - block0_) * chunk() + index) * rows.count * kRow + kX * W;
+        for (int64_t i = 0; i < active; ++i) store(to + i * kRow, load(from + i * kRow));
+      } else {
+        GateOperands<M> x{};
+        x.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+        x.init = layout.bias(packed, block) + kX * W;
+        x.gates = to;
+        x.ld_gates = kRow;
+        panel_tiles<kPanel, false>(active, x);
+      }
+    }
+  }
+
+  int64_t saved_row(int64_t t, int64_t i) const {
+    return (d * p.shape.steps + t) * p.shape.batch + rows.index(i);
+  }
+
+  void one_step(int64_t t, int64_t index, int64_t active, int side) {
+    if (active == 0) return;
+    for (int64_t i = 0; i < active; ++i) {
+      outputs_[i] = output(t, i);
+      saved_rows_[i] = saved_row(t, i);
+      if (p.cell_states) cell_outputs_[i] = cell_output(t, i);
+    }
+    for (int64_t block = block0_; block < block1_; ++block) {
+      Acc<T>* gates = gates_ + (variant_ ? block * rows.count * kRow : 0);
+      block_panel<0>(block, index, active, side, gates);
+      if constexpr (Blocks::kPanels > 1) block_panel<1>(block, index, active, side, gates);
+      if (!variant_) finish_block(block, active, side, gates);
+    }
+    if constexpr (kLstm) {
+      if (variant_) finish_variant(index, active, side);
+    }
+  }
+
+  void finish_block(int64_t block, int64_t active, int side, const Acc<T>* gates) {
+    BlockStep<T> s;
+    s.gates = gates;
+    s.unit = block * Blocks::kUnitVecs * W;
+    s.hidden_size = p.shape.hidden_size;
+    s.c = shared_.c;
+    s.from = shared_.hidden[side];
+    s.hidden = shared_.hidden[side ^ 1];
+    s.ld_c = shared_.ld_c;
+    s.ld_h = shared_.ld_h;
+    s.outputs = outputs_;
+    s.saved_rows = saved_rows_;
+    s.gates_kept = static_cast<T*>(p.gates);
+    s.cells_kept = static_cast<Acc<T>*>(p.cells);
+    s.cell_outputs = p.cell_states ? cell_outputs_ : nullptr;
+    s.relu = p.shape.kind == RnnKind::kRelu;
+    if constexpr (Blocks::kGates == 4) {
+      if (p.gates)
+        lstm_cells<T, true>(s, active);
+      else
+        lstm_cells<T, false>(s, active);
+    } else if constexpr (Blocks::kGates == 3) {
+      if (p.gates)
+        gru_cells<T, true>(s, active);
+      else
+        gru_cells<T, false>(s, active);
+    } else {
+      rnn_cells<T>(s, active);
+    }
+  }
+
+  // --- LSTM variants ---
+
+  void prepare_variant() {
+    const int64_t P = p.shape.output_size;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t row = d * p.shape.batch + rows.index(i);
+      convert(static_cast<const T*>(p.h0) + row * P, state_ + i * shared_.ld_h, P);
+      project_rows_[i] = reinterpret_cast<const Word<T>*>(to_project_ + i * shared_.ld_c);
+    }
+    if (projects())
+      std::memset(static_cast<void*>(to_project_), 0,
+                  rows.count * shared_.ld_c * sizeof(Operand<T>));
+  }
+
+  void finish_variant(int64_t index, int64_t active, int side) {
+    const int64_t H = p.shape.hidden_size;
+    const auto* zoneout_c = p.variant.zoneout_c;
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t saved = saved_rows_[i];
+      VariantRow<T> row{};
+      row.variant = &p.variant;
+      row.parameters = &parameters_;
+      row.hidden_size = H;
+      row.block_step = rows.count * kRow;
+      row.gates = gates_ + i * kRow;
+      if (p.variant.layer_norm) {
+        row.from_x = projected_ + (index * rows.count + i) * kRow;
+        row.normed_kept = p.normed_hh ? static_cast<T*>(p.normed_hh) + saved * 4 * H : nullptr;
+        row.scale_kept =
+            p.norm_scales ? static_cast<Acc<T>*>(p.norm_scales) + saved * 2 + 1 : nullptr;
+      }
+      row.x_step = chunk() * rows.count * kRow;
+      row.c = shared_.c + i * shared_.ld_c;
+      row.keep_c = {zoneout_c ? zoneout_c + saved * H : nullptr,
+                    static_cast<Acc<T>>(zoneout_c ? 0 : p.variant.zoneout)};
+      row.fresh = fresh_;
+      row.leave = leave_;
+      row.gated = gated_;
+      row.gates_kept = p.gates ? static_cast<T*>(p.gates) + saved * 4 * H : nullptr;
+      row.cells_kept = p.cells ? static_cast<Acc<T>*>(p.cells) + saved * H : nullptr;
+      row.cell_output = p.cell_states ? cell_outputs_[i] : nullptr;
+      row.run();
+      if (projects())
+        convert(gated_, to_project_ + i * shared_.ld_c, H);
+      else
+        finish_hidden(i, gated_, side);
+    }
+    if (!projects()) return;
+    project_hidden(active);
+    for (int64_t i = 0; i < active; ++i) finish_hidden(i, new_hidden_ + i * shared_.ld_h, side);
+  }
+
+  // new_hidden_ = to_project_ W_hr^T.
+  void project_hidden(int64_t active) {
+    const int64_t words = words_of<T>(p.shape.hidden_size);
+    const auto split = PanelSplit<V>::of(p.shape.output_size);
+    for (int64_t panel = 0; panel < split.count; ++panel) {
+      const int vecs = split.width_vecs(panel);
+      const auto tiles = RowTiles::of(active, vecs);
       for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
-        const int64_t row = tiles.begin(tile), column = unit * W;
-        GateOperands<M> in{};
-        in.parts[1] = {hidden_rows_ + side * rows + row, layout.h_words,
-                       layout.h_panel(packed, unit)};
-        if (hoisted) {
-          in.gates = gates_ + unit * gates_ld_unit_ + (index * rows + row) * kWidth;
-          in.init = in.gates;
-          in.ld_init = kWidth;
-        } else {
-          in.parts[0] = {input_rows_ + row, layout.x_words, layout.x_panel(packed, unit)};
-          in.gates = gates_;
-          in.init = layout.bias(packed, unit);
-        }
-        run_gate_tile(tiles.rows(tile), in);
-
-        CellStep<T> cell;
-        cell.gates = in.gates;
-        cell.lanes = static_cast<int>(min_of<int64_t>(W, H - column));
-        cell.c = c_ + row * ld + column;
-        cell.hidden = hidden_[side ^ 1] + row * ld + column;
-        cell.ld_state = ld;
-        cell.output = output + row * p.output_strides.row + column;
-        cell.ld_output = p.output_strides.row;
-        cell.hidden_size = H;
-        if (p.gates) {
-          cell.saved_gates = static_cast<T*>(p.gates) + (saved_row + row) * kGates * H + column;
-          cell.saved_cells = static_cast<Acc<T>*>(p.cells) + (saved_row + row) * H + column;
-          finish_cells<T, true>(cell, tiles.rows(tile));
-        } else {
-          finish_cells<T, false>(cell, tiles.rows(tile));
-        }
+        const int64_t row = tiles.begin(tile);
+        TileOperands<M> in;
+        in.rows = project_rows_ + row;
+        in.words = words;
+        in.b = layout.hr_panels(packed) + split.column(panel) * words;
+        run_tile<M, false>(
+            tiles.rows(tile), vecs, in,
+            StoreAccumulators<V>{new_hidden_ + row * shared_.ld_h + split.column(panel),
+                                 shared_.ld_h});
       }
+    }
+  }
+
+  // The new hidden state of a row from h~: zoneout, rounding, output, the next step's operand.
+  void finish_hidden(int64_t i, const Acc<T>* fresh, int side) {
+    const int64_t P = p.shape.output_size;
+    const bool* zoneout_h = p.variant.zoneout_h;
+    const Keep<T> keep{zoneout_h ? zoneout_h + saved_rows_[i] * P : nullptr,
+                       static_cast<Acc<T>>(zoneout_h ? 0 : p.variant.zoneout)};
+    const T* mask = recurrent_mask(i);
+    Acc<T>* state = state_ + i * shared_.ld_h;
+    Operand<T>* operand = shared_.hidden[side ^ 1] + i * shared_.ld_h;
+    for (int64_t j = 0; j < P; j += W) {
+      const int lanes = static_cast<int>(min_of<int64_t>(W, P - j));
+      V h = load(fresh + j);
+      if (keep.any()) h = keep.mix(j, lanes, load(state + j), h);
+      store_lanes(outputs_[i] + j, h, lanes);
+      if constexpr (!std::is_same_v<T, Acc<T>>) h = load_lanes(outputs_[i] + j, lanes);
+      store_lanes(state + j, h, lanes);
+      if (mask) h = h * load_lanes(mask + j, lanes);
+      store_lanes(operand + j, h, lanes);
+    }
   }
 };
 
-template <class T>
-void forward_typed(const LstmForward& p, const Parallel& pool) {
-  const auto layout = PackedLayout<T>::of(p.shape);
+// Whether the threads should share the units instead of the rows. Does not depend on the number of
+// steps, as SequenceItems does not.
+template <class T, class Blocks>
+bool wants_team(const RnnForward& p, const PackedLayout<T, Blocks>& layout, int threads) {
+  // A quarter of L2: what a step reads besides its weights wants room too. Below kWorthABarrier
+  // bytes of weights a thread alone is as fast.
+  constexpr int64_t kResident = 256 * 1024, kWorthABarrier = 96 * 1024;
+  constexpr int64_t kEnoughRows = 24;  // to hide the weights' way from L3
+  const int64_t bytes = layout.h_bytes(), rows = p.shape.batch / threads;
+  if (threads < 2 || p.shape.directions > 1 || !is_plain(p.shape, p.variant)) return false;
+  if (layout.blocks < 2 * threads || bytes < kWorthABarrier) return false;
+  return rows < 4 || (bytes > kResident && rows < kEnoughRows);
+}
+
+template <class T, class Blocks>
+void forward_in_a_team(const RnnForward& p, const PackedLayout<T, Blocks>& layout,
+                       const char* packed, RowOrder order, const Parallel& pool) {
+  const ItemRows rows{order, p.shape.batch, 0, 1};
+  Arena sizes{nullptr};
+  SharedState<T>::of(p.shape, rows.count, sizes);
+  Arena arena{static_cast<char*>(scratch_bytes(Scratch::kCall2, sizes.used))};
+  const auto state = SharedState<T>::of(p.shape, rows.count, arena);
+  SequenceRun<T, Blocks>(p, layout, packed, 0, rows).begin(state);
+  Team team(pool.threads);
+  parallel_for(pool, pool.threads, [&](int64_t) {
+    const int index = team.join();
+    if (index < 0) return;
+    SequenceRun<T, Blocks> run(p, layout, packed, 0, rows);
+    run.run_in(team, index, state);
+  });
+}
+
+template <class T, class Blocks>
+void forward_typed(const RnnForward& p, const Parallel& pool) {
+  const auto layout = PackedLayout<T, Blocks>::of(p.shape);
   const auto* packed = static_cast<const char*>(p.packed_weight);
   if (!packed) {
     auto* fresh = static_cast<char*>(
         scratch_bytes(Scratch::kCall, p.shape.directions * layout.direction_bytes()));
-    pack_typed<T>(p.shape, p.weights, fresh, pool);
+    pack_typed<T, Blocks>(p.shape, p.variant.layer_norm, p.weights, fresh, pool);
     packed = fresh;
   }
-  const double flops = lstm_flops(p.shape);
-  const auto items = SequenceItems::of(p.shape, flops, pool);
+  void* memory =
+      scratch_bytes(Scratch::kExtra, RowOrder::bytes(p.lengths, p.shape.batch, p.shape.steps) + 8);
+  const auto order = RowOrder::of(p.lengths, p.shape.batch, p.shape.steps, memory);
+  const double flops = rnn_flops(p.shape);
+  if (flops >= kSerialFlops && wants_team(p, layout, pool.threads))
+    return forward_in_a_team(p, layout, packed, order, pool);
+  const bool alone = wants_team(p, layout, pool.threads);  // the same tiles as the team's
+  Parallel serial;
+  const auto items = SequenceItems::of(p.shape, order, alone ? serial : pool);
   for_each_item(items, flops, pool, [&](int64_t item) {
-    const int64_t rows = items.rows(item), d = items.direction(item);
-    if (rows == 0) return;
-    SequenceRun<T> run(p, layout, packed + d * layout.direction_bytes(), d, items.first_row(item),
-                       rows);
+    const ItemRows rows = items.rows(item);
+    if (rows.count == 0) return;
+    const int64_t d = items.direction(item);
+    SequenceRun<T, Blocks> run(p, layout, packed + d * layout.direction_bytes(), d, rows);
     run.run();
   });
 }
 
-void lstm_forward(const LstmForward& p, const Parallel& pool) {
-  with_type(p.shape.dtype,
-            [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(p, pool); });
-}
-
-size_t lstm_packed_bytes(const LstmShape& shape) {
-  size_t bytes = 0;
+template <class Body>
+void with_type_and_blocks(const RnnShape& shape, const Body& body) {
   with_type(shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    bytes = shape.directions * PackedLayout<T>::of(shape).direction_bytes();
+    switch (shape.kind) {
+      case RnnKind::kLstm: return body(static_cast<T*>(nullptr), LstmBlocks{});
+      case RnnKind::kGru: return body(static_cast<T*>(nullptr), GruBlocks{});
+      default: return body(static_cast<T*>(nullptr), RnnBlocks{});
+    }
+  });
+}
+
+void rnn_forward(const RnnForward& p, const Parallel& pool) {
+  with_type_and_blocks(p.shape, [&](auto* type, auto blocks) {
+    forward_typed<std::remove_pointer_t<decltype(type)>, decltype(blocks)>(p, pool);
+  });
+}
+
+size_t rnn_packed_bytes(const RnnShape& shape) {
+  size_t bytes = 0;
+  with_type_and_blocks(shape, [&](auto* type, auto blocks) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    bytes = shape.directions * PackedLayout<T, decltype(blocks)>::of(shape).direction_bytes();
   });
   return bytes;
 }
 
-void lstm_pack_weight(const LstmShape& shape, const LstmWeights* weights, void* packed,
-                      const Parallel& pool) {
-  with_type(shape.dtype, [&](auto* type) {
+void rnn_pack_weight(const RnnShape& shape, bool layer_norm, const RnnWeights* weights,
+                     void* packed, const Parallel& pool) {
+  with_type_and_blocks(shape, [&](auto* type, auto blocks) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pack_typed<T>(shape, weights, static_cast<char*>(packed), pool);
+    pack_typed<T, decltype(blocks)>(shape, layer_norm, weights, static_cast<char*>(packed), pool);
   });
 }
 
 }  // namespace
 
 const RnnKernels& rnn_kernels() {
-  static constexpr RnnKernels table{&lstm_forward, &lstm_backward, &lstm_backward_workspace,
-                                    &lstm_packed_bytes, &lstm_pack_weight};
+  static constexpr RnnKernels table{&rnn_forward, &rnn_backward, &rnn_backward_workspace,
+                                    &rnn_packed_bytes, &rnn_pack_weight};
   return table;
 }
 

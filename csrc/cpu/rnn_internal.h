@@ -1,4 +1,4 @@
-// Shared by rnn_*.cpp of one instruction set: work sharing and arenas.
+// Shared by rnn_*.cpp of one instruction set: rows and their lengths, work sharing, arenas.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -7,11 +7,11 @@
 
 namespace fmk::FMK_ISA {
 
-void lstm_backward(const LstmBackward&, const Parallel&);
-size_t lstm_backward_workspace(const LstmBackward&);
+void rnn_backward(const RnnBackward&, const Parallel&);
+size_t rnn_backward_workspace(const RnnBackward&);
 
-// What hidden states are kept in between steps: the storage type where the micro-kernel reads that,
-// else the compute type.
+// What a matrix product reads: the storage type where the micro-kernel reads that, else the compute
+// type.
 template <class T, bool kInPlace = kWordsInPlace<T>>
 struct OperandOf {
   using Type = T;
@@ -23,13 +23,6 @@ struct OperandOf<T, false> {
 template <class T>
 using Operand = typename OperandOf<T>::Type;
 
-// tanh(x) = -e / (2 + e), e = e^-2x - 1. Where x is cut, tanh has rounded to -1.
-template <class V>
-FMK_INLINE V tanh_by_expm1(V x) {
-  const V e = expm1(max(splat_as<V>(-20), x) * splat_as<V>(-2));
-  return (zero<V>() - e) / (splat_as<V>(2) + e);
-}
-
 template <class T>
 FMK_INLINE Vec<T> load_lanes(const T* p, int lanes) {
   return lanes == Vec<T>::W ? load(p) : load(p, lanes);
@@ -40,6 +33,15 @@ FMK_INLINE void store_lanes(T* p, V x, int lanes) {
     store(p, x);
   else
     store(p, x, lanes);
+}
+
+FMK_INLINE int gates_of(RnnKind kind) {
+  return kind == RnnKind::kLstm ? 4 : kind == RnnKind::kGru ? 3 : 1;
+}
+FMK_INLINE bool is_plain(const RnnShape& s, const LstmVariant& v) {
+  return s.output_size == s.hidden_size && v.activation == GateActivation::kTanh &&
+         v.recurrent_activation == GateActivation::kSigmoid && !v.peephole && !v.layer_norm &&
+         v.zoneout == 0 && !v.recurrent_mask && !v.zoneout_h;
 }
 
 // Hands out 64-byte aligned pieces of a buffer. With a null buffer it only counts.
@@ -55,25 +57,86 @@ struct Arena {
   }
 };
 
+// Initial and final cell states: in the layer's type, or in float beside a narrower one.
+template <class T>
+FMK_INLINE void load_cell_row(const void* cells, bool wide, int64_t first, int64_t n, Acc<T>* to) {
+  if (wide)
+    convert(static_cast<const Acc<T>*>(cells) + first, to, n);
+  else
+    convert(static_cast<const T*>(cells) + first, to, n);
+}
+template <class T>
+FMK_INLINE void store_cell_row(const Acc<T>* from, int64_t n, bool wide, int64_t first,
+                               void* cells) {
+  if (wide)
+    convert(from, static_cast<Acc<T>*>(cells) + first, n);
+  else
+    convert(from, static_cast<T*>(cells) + first, n);
+}
+
+// Batch rows by falling length, so that those taking part in a step always come first.
+struct RowOrder {
+  const int64_t* order;   // [B] rows of the batch; null: as they are, all as long as the sequence
+  const int64_t* longer;  // [T + 1]: how many are longer than t
+
+  FMK_INLINE size_t bytes(const int64_t* lengths, int64_t batch, int64_t steps) {
+    return lengths ? static_cast<size_t>(batch + 2 * (steps + 1)) * sizeof(int64_t) : 0;
+  }
+  // `memory` holds bytes(...).
+  FMK_INLINE RowOrder of(const int64_t* lengths, int64_t batch, int64_t steps, void* memory) {
+    if (!lengths) return {nullptr, nullptr};
+    auto* order = static_cast<int64_t*>(memory);
+    int64_t *longer = order + batch, *place = longer + steps + 1;
+    for (int64_t t = 0; t <= steps; ++t) longer[t] = 0;
+    for (int64_t b = 0; b < batch; ++b) ++longer[lengths[b]];
+    int64_t sum = 0;
+    for (int64_t t = steps; t >= 0; --t) {  // a counting sort
+      const int64_t here = longer[t];
+      longer[t] = place[t] = sum;
+      sum += here;
+    }
+    for (int64_t b = 0; b < batch; ++b) order[place[lengths[b]]++] = b;
+    return {order, longer};
+  }
+};
+
+// The rows of one item of the work, and how many of them take part in a step.
+struct ItemRows {
+  RowOrder all;
+  int64_t count, first, stride;  // row i is order[first + i * stride]
+
+  int64_t index(int64_t i) const {
+    const int64_t place = first + i * stride;
+    return all.order ? all.order[place] : place;
+  }
+  int64_t active(int64_t t) const {
+    if (!all.order) return count;
+    return max_of<int64_t>(0, ceil_div(all.longer[t] - first, stride));
+  }
+};
+
 // Who computes what: every item is one direction of one slice of the batch and runs through the
-// whole sequence by itself, so no thread ever waits for another.
+// whole sequence by itself, so no thread ever waits for another. Does not depend on the number of
+// steps: a sequence in pieces is computed as it is in whole, bit for bit.
 struct SequenceItems {
   int64_t directions, slices, batch;
+  RowOrder order;
 
-  FMK_INLINE SequenceItems of(const LstmShape& shape, double flops, const Parallel& pool) {
+  FMK_INLINE SequenceItems of(const RnnShape& shape, RowOrder order, const Parallel& pool) {
     // Fewer rows leave a core waiting for the weights, which each slice reads for itself.
     constexpr int64_t kMinRows = 4;
-    int64_t slices = 1;
-    if (flops >= kSerialFlops)
-      slices = max_of<int64_t>(
-          1, min_of(pool.threads / shape.directions, ceil_div(shape.batch, kMinRows)));
-    return {shape.directions, slices, shape.batch};
+    const int64_t slices =
+        max_of<int64_t>(1, min_of(pool.threads / shape.directions, shape.batch / kMinRows));
+    return {shape.directions, slices, shape.batch, order};
   }
   int64_t count() const { return directions * slices; }
   int64_t direction(int64_t item) const { return item / slices; }
-  int64_t first_row(int64_t item) const { return batch * (item % slices) / slices; }
-  int64_t rows(int64_t item) const {
-    return batch * (item % slices + 1) / slices - first_row(item);
+  ItemRows rows(int64_t item) const {
+    const int64_t slice = item % slices;
+    // Long and short sequences go to every slice.
+    if (order.order) return {order, ceil_div(batch - slice, slices), slice, slices};
+    const int64_t first = batch * slice / slices;
+    return {order, batch * (slice + 1) / slices - first, first, 1};
   }
 };
 
@@ -86,38 +149,10 @@ FMK_INLINE void for_each_item(const SequenceItems& items, double flops, const Pa
 }
 
 // Multiplications and additions of the gates' matrix products, over all steps and directions.
-FMK_INLINE double lstm_flops(const LstmShape& s) {
-  return 8.0 * static_cast<double>(s.directions * s.steps) * static_cast<double>(s.batch) *
-         static_cast<double>(s.hidden_size) * static_cast<double>(s.input_size + s.hidden_size);
+FMK_INLINE double rnn_flops(const RnnShape& s) {
+  return 2.0 * gates_of(s.kind) * static_cast<double>(s.directions * s.steps) *
+         static_cast<double>(s.batch) * static_cast<double>(s.hidden_size) *
+         static_cast<double>(s.input_size + s.output_size);
 }
-
-// --- shared by the backward pass and its weight gradients ---
-
-// Rows (t, b) of X, dG and dX are numbered as they lie in the caller's layout.
-FMK_INLINE int64_t row_index(const LstmBackward& p, int64_t t, int64_t b) {
-  return p.batch_first ? b * p.shape.steps + t : t * p.shape.batch + b;
-}
-
-template <class T>
-struct BackwardWorkspace {
-  using V = Vec<T>;
-
-  T* grad_gates;       // dG: [rows][D][4H]
-  Word<T>* hh_panels;  // per direction W_hh [4H][H] in panels over H
-  Word<T>* ih_panels;  // W_ih of all directions, one reduction of D * 4H, in panels over I
-  int64_t hh_direction_words;
-
-  FMK_INLINE BackwardWorkspace of(const LstmBackward& p, Arena& arena) {
-    const LstmShape& s = p.shape;
-    const int64_t rows = s.steps * s.batch, gates = 4 * s.hidden_size;
-    BackwardWorkspace w;
-    w.grad_gates = arena.take<T>(rows * s.directions * gates);
-    w.hh_direction_words = packed_words<T>(s.hidden_size, gates);
-    w.hh_panels = arena.take<Word<T>>(s.directions * w.hh_direction_words);
-    w.ih_panels =
-        arena.take<Word<T>>(p.grad_input ? packed_words<T>(s.input_size, s.directions * gates) : 0);
-    return w;
-  }
-};
 
 }  // namespace fmk::FMK_ISA

@@ -1,98 +1,225 @@
-// The gradients of the LSTM's weights, from what the time loop of rnn_backward.cpp leaves behind.
+// The work space of the backward pass, and what is computed from it after the time loop: the
+// weights' gradients and the input's, each a single product over all steps and rows.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/rnn_internal.h"
 
 namespace fmk::FMK_ISA {
 namespace {
 
-// dW_ih = dG^T X and dW_hh = dG^T H_prev for a block of gate rows of one direction. All blocks of a
-// direction together read dG once, a chunk of time steps at a time, while the sums stay in the
-// cache: dG is the largest thing there is, and panel by panel as in gemm() it would come from
-// memory for each.
+// Rows (t, b) of X, dG and dX are numbered as they lie in the caller's layout.
+FMK_INLINE int64_t row_index(const RnnBackward& p, int64_t t, int64_t b) {
+  return p.batch_first ? b * p.shape.steps + t : t * p.shape.batch + b;
+}
+FMK_INLINE int64_t time_of(const RnnBackward& p, int64_t row) {
+  return p.batch_first ? row % p.shape.steps : row / p.shape.batch;
+}
+FMK_INLINE int64_t batch_of(const RnnBackward& p, int64_t row) {
+  return p.batch_first ? row / p.shape.steps : row % p.shape.batch;
+}
+// The step that a row's step t started from, or -1 where that is the initial state.
+FMK_INLINE int64_t time_before(const RnnBackward& p, int64_t d, int64_t t, int64_t b) {
+  if (d == 0) return t - 1;
+  const int64_t length = p.lengths ? p.lengths[b] : p.shape.steps;
+  return t + 1 < length ? t + 1 : -1;
+}
+template <class T>
+FMK_INLINE const T* hidden_before(const RnnBackward& p, int64_t d, int64_t t, int64_t b) {
+  const int64_t P = p.shape.output_size, before = time_before(p, d, t, b);
+  if (before < 0) return static_cast<const T*>(p.h0) + (d * p.shape.batch + b) * P;
+  return static_cast<const T*>(p.output) + (row_index(p, before, b) * p.shape.directions + d) * P;
+}
+
+// A weight [gates * H][n] as the right operand of a product with dG: dG's columns of a gate number
+// `step` (H, or one more so that pairs do not cross gates), gate g being the weight's source[g], -1
+// for none.
+struct GateMap {
+  int64_t hidden_size, step;
+  int count;
+  int source[4];
+
+  int64_t columns() const { return count * step; }
+  // The weight's row for a column of dG, or -1.
+  int64_t row(int64_t column) const {
+    const int64_t unit = column % step;
+    const int gate = source[column / step];
+    return gate < 0 || unit >= hidden_size ? -1 : gate * hidden_size + unit;
+  }
+};
+
+template <class T>
+struct BackwardWorkspace {
+  using V = Vec<T>;
+
+  int64_t gate_step, gates;     // columns and number of a direction's gates in dG
+  int64_t projected_step;       // P, even where pairs are read
+  Operand<T>* grad_gates;       // dG: [rows][D][gates * gate_step]
+  Operand<T>* grad_x;           // layer norm: the same for W_ih x; else grad_gates
+  Operand<T>* grad_projected;   // projection: of h~, [rows][D][projected_step]
+  T* gated;                     // projection: o * A, [rows][D][H]
+  T* masked;                    // recurrent mask: h as it met W_hh, [rows][D][P]
+  int64_t* active_rows;         // lengths: the rows that are not padding
+  Word<T>* hh_panels;           // per direction W_hh in panels over P
+  Word<T>* hr_panels;           // per direction W_hr in panels over H
+  Word<T>* ih_panels;           // W_ih of all directions, one reduction, in panels over I
+  Operand<T>* wide_input_grad;  // [rows][I] where dX is not computed in T
+  int64_t hh_words, hr_words;   // of a direction
+  GateMap hh, ih;
+  int64_t hh_first;  // the first column of dG that W_hh's product reads
+
+  FMK_INLINE BackwardWorkspace of(const RnnBackward& p, Arena& arena) {
+    constexpr int64_t kPair = Mac<T>::kPair;
+    const RnnShape& s = p.shape;
+    const bool gru = s.kind == RnnKind::kGru, projects = s.output_size != s.hidden_size;
+    const int64_t rows = s.steps * s.batch, D = s.directions;
+    BackwardWorkspace w;
+    w.gate_step = ceil_div(s.hidden_size, kPair) * kPair;
+    w.projected_step = ceil_div(s.output_size, kPair) * kPair;
+    w.gates = gru ? 4 : gates_of(s.kind);
+    w.hh = {s.hidden_size, w.gate_step, gates_of(s.kind), {0, 1, 2, 3}};
+    w.ih = w.hh;
+    w.hh_first = 0;
+    if (gru) {
+      // With two directions the unused fourth gate lies between them.
+      w.ih = {s.hidden_size, w.gate_step, D == 1 ? 3 : 4, {2, 0, 1, -1}};
+      w.hh_first = w.gate_step;
+    }
+    const int64_t columns = rows * D * w.gates * w.gate_step;
+    w.grad_gates = arena.take<Operand<T>>(columns);
+    w.grad_x = p.variant.layer_norm ? arena.take<Operand<T>>(columns) : w.grad_gates;
+    w.grad_projected = arena.take<Operand<T>>(projects ? rows * D * w.projected_step : 0);
+    w.gated = arena.take<T>(projects ? rows * D * s.hidden_size : 0);
+    w.masked = arena.take<T>(p.variant.recurrent_mask ? rows * D * s.output_size : 0);
+    w.active_rows = arena.take<int64_t>(p.lengths ? rows : 0);
+    w.hh_words = packed_words<T>(s.output_size, w.hh.columns());
+    w.hr_words = projects ? packed_words<T>(s.hidden_size, w.projected_step) : 0;
+    w.hh_panels = arena.take<Word<T>>(D * w.hh_words);
+    w.hr_panels = arena.take<Word<T>>(D * w.hr_words);
+    w.ih_panels =
+        arena.take<Word<T>>(p.grad_input ? packed_words<T>(s.input_size, D * w.ih.columns()) : 0);
+    constexpr bool kNarrow = !std::is_same_v<T, Operand<T>>;
+    w.wide_input_grad = arena.take<Operand<T>>(kNarrow && p.grad_input ? rows * s.input_size : 0);
+    return w;
+  }
+
+  int64_t row_length(const RnnShape& s) const { return s.directions * gates * gate_step; }
+};
+
+// dW = dG^T X for a block of columns of dG and one or two operands X: all blocks of a direction
+// together read dG once, a chunk of rows at a time, while the sums stay in the cache: dG is the
+// largest thing there is, and panel by panel as in gemm() it would come from memory for each.
 template <class T>
 class WeightGradientRun {
  public:
   using M = Mac<T>;
   using V = Vec<T>;
 
-  // Gate rows of a block at most, and rows of dG in a chunk: the block's operands and sums fit into
+  // Columns of a block at most, and rows of dG in a chunk: the block's operands and sums fit into
   // L2.
-  static constexpr int64_t kBlockRows = 256, kChunk = 256;
+  static constexpr int64_t kBlockColumns = 256, kChunk = 256;
 
-  FMK_LAMBDA WeightGradientRun(const LstmBackward& problem, const BackwardWorkspace<T>& workspace,
-                               int64_t direction, int64_t first_gate, int64_t gate_count)
-      : p(problem), w(workspace), d(direction), gate0(first_gate), gates(gate_count) {}
+  // Where row (t, b) of an operand lies.
+  enum class Source { kInput, kHidden, kGated };
+  struct Part {
+    Source source;
+    int64_t n;
+    T* grad;          // [weight rows][n], or null
+    Word<T>* panels;  // of the chunk's rows of X
+    Acc<T>* sums;     // [panel][columns][width]
+    const T* rows[kChunk];
+  };
+
+  FMK_LAMBDA WeightGradientRun(const RnnBackward& problem, const BackwardWorkspace<T>& workspace,
+                               int64_t direction, const Operand<T>* gradients, int64_t row_step,
+                               int64_t first_column, int64_t column_count, GateMap map,
+                               int64_t row_count)
+      : p(problem),
+        w(workspace),
+        d(direction),
+        grads(gradients),
+        ld_grads(row_step),
+        column0(first_column),
+        columns(column_count),
+        map_(map),
+        rows_(row_count) {}
+
+  FMK_LAMBDA void add_operand(Source source, int64_t n, void* grad) {
+    if (!grad) return;
+    Part& part = parts_[part_count_++];
+    part.source = source;
+    part.n = n;
+    part.grad = static_cast<T*>(grad);
+  }
 
   void run() {
-    const LstmShape& s = p.shape;
-    parts_[0].n = s.input_size;
-    parts_[0].grad = static_cast<T*>(p.grad_weights[d].w_ih);
-    parts_[1].n = s.hidden_size;
-    parts_[1].grad = static_cast<T*>(p.grad_weights[d].w_hh);
+    if (part_count_ == 0) return;
     Arena sizes{nullptr};
     plan(sizes);
     Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
     plan(arena);
-    const int64_t rows = s.steps * s.batch, chunks = max_of<int64_t>(1, ceil_div(rows, kChunk));
+    const int64_t chunks = max_of<int64_t>(1, ceil_div(rows_, kChunk));
     for (int64_t i = 0; i < chunks; ++i) {
       // Chunks start at even rows, where pairs do.
       const int64_t first = i * kChunk;
-      add_chunk(first, min_of(kChunk, rows - first), i == 0);
+      add_chunk(first, min_of(kChunk, rows_ - first), i == 0);
     }
-    for (const Part& part : parts_) write(part);
+    for (int i = 0; i < part_count_; ++i) write(parts_[i]);
   }
 
  private:
-  struct Part {
-    int64_t n;
-    T* grad;          // [4H][n]
-    Word<T>* panels;  // of the chunk's rows of X or H_prev
-    Acc<T>* sums;     // [panel][gates][width]
-    const T* rows[kChunk];
-  };
-  const LstmBackward& p;
+  const RnnBackward& p;
   const BackwardWorkspace<T>& w;
-  const int64_t d, gate0, gates;
+  const int64_t d;
+  const Operand<T>* grads;
+  const int64_t ld_grads, column0, columns;
+  const GateMap map_;
+  const int64_t rows_;
   Part parts_[2];
-  Word<T>* grad_gates_;  // [words][ld()] of the chunk
+  int part_count_ = 0;
+  Word<T>* packed_grads_;  // [words][ld()] of the chunk
+  const Operand<T>* grad_rows_[kChunk];
 
   int64_t ld() const {
-    return ceil_div(gates, V::W) * V::W + V::W;  // + W: rows a power of two apart share L1 sets
+    return ceil_div(columns, V::W) * V::W + V::W;  // + W: rows a power of two apart share L1 sets
   }
 
   void plan(Arena& arena) {
     const int64_t words = words_of<T>(kChunk);
-    grad_gates_ = arena.take<Word<T>>(words * ld());
-    for (Part& part : parts_) {
-      const int64_t columns = PanelSplit<V>::of(part.n).padded_columns();
-      part.panels = arena.take<Word<T>>(words * columns);
-      part.sums = arena.take<Acc<T>>(gates * columns);
+    packed_grads_ = arena.take<Word<T>>(words * ld());
+    for (int i = 0; i < part_count_; ++i) {
+      Part& part = parts_[i];
+      const int64_t padded = PanelSplit<V>::of(part.n).padded_columns();
+      part.panels = arena.take<Word<T>>(words * padded);
+      part.sums = arena.take<Acc<T>>(columns * padded);
     }
   }
 
-  void point_at_rows(int64_t first, int64_t count) {
-    const LstmShape& s = p.shape;
-    const int64_t H = s.hidden_size, output_ld = s.directions * H;
-    const int64_t first_step = d == 0 ? 0 : s.steps - 1, back = d == 0 ? -1 : 1;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = first + i;
-      const int64_t t = p.batch_first ? row % s.steps : row / s.batch;
-      const int64_t b = p.batch_first ? row / s.steps : row % s.batch;
-      parts_[0].rows[i] =
-          static_cast<const T*>(p.input) + t * p.input_strides.step + b * p.input_strides.row;
-      parts_[1].rows[i] = t == first_step ? static_cast<const T*>(p.h0) + (d * s.batch + b) * H
-                                          : static_cast<const T*>(p.output) +
-                                                row_index(p, t + back, b) * output_ld + d * H;
+  const T* operand_row(Source source, int64_t row) const {
+    const RnnShape& s = p.shape;
+    const int64_t t = time_of(p, row), b = batch_of(p, row);
+    switch (source) {
+      case Source::kInput:
+        return static_cast<const T*>(p.input) + t * p.input_strides.step + b * p.input_strides.row;
+      case Source::kGated: return w.gated + (row * s.directions + d) * s.hidden_size;
+      default: break;
     }
+    if (p.variant.recurrent_mask) return w.masked + (row * s.directions + d) * s.output_size;
+    return hidden_before<T>(p, d, t, b);
   }
 
   void add_chunk(int64_t first, int64_t count, bool start) {
-    const int64_t ldg = p.shape.directions * 4 * p.shape.hidden_size, words = words_of<T>(count);
-    point_at_rows(first, count);
-    pack_rows_as_panel(w.grad_gates + first * ldg + d * 4 * p.shape.hidden_size + gate0, ldg, count,
-                       gates, ld(), grad_gates_);
-    for (const Part& part : parts_) {
+    const int64_t words = words_of<T>(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = p.lengths ? w.active_rows[first + i] : first + i;
+      grad_rows_[i] = grads + row * ld_grads;
+      for (int part = 0; part < part_count_; ++part)
+        parts_[part].rows[i] = operand_row(parts_[part].source, row);
+    }
+    pack_row_pointers_as_panel(grad_rows_, column0, count, columns, ld(), packed_grads_);
+    for (int index = 0; index < part_count_; ++index) {
+      const Part& part = parts_[index];
       const auto split = PanelSplit<V>::of(part.n);
       for (int64_t panel = 0; panel < split.count; ++panel) {
         const int64_t column = split.column(panel);
@@ -101,12 +228,12 @@ class WeightGradientRun {
         Word<T>* b = part.panels + column * words;
         pack_row_pointers_as_panel(part.rows, column, count, min_of(width, part.n - column), width,
                                    b);
-        const auto tiles = RowTiles::of(gates, vecs);
+        const auto tiles = RowTiles::of(columns, vecs);
         for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
           const int64_t row = tiles.begin(tile);
-          Acc<T>* sums = part.sums + column * gates + row * width;
+          Acc<T>* sums = part.sums + column * columns + row * width;
           TileOperands<M> in;
-          in.a = grad_gates_ + row;
+          in.a = packed_grads_ + row;
           in.lda = ld();
           in.words = words;
           in.b = b;
@@ -121,29 +248,83 @@ class WeightGradientRun {
     const auto split = PanelSplit<V>::of(part.n);
     for (int64_t panel = 0; panel < split.count; ++panel) {
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
-      for (int64_t row = 0; row < gates; ++row)
-        convert(part.sums + column * gates + row * width,
-                part.grad + (gate0 + row) * part.n + column, min_of(width, part.n - column));
+      for (int64_t i = 0; i < columns; ++i) {
+        // The map counts from the product's own first column, as column0 does for W_ih.
+        const int64_t row = map_.row(column0 - first_of_map_ + i);
+        if (row >= 0)
+          convert(part.sums + column * columns + i * width, part.grad + row * part.n + column,
+                  min_of(width, part.n - column));
+      }
     }
   }
+
+ public:
+  int64_t first_of_map_ = 0;
 };
 
+// All weight matrices' gradients.
 template <class T>
-void weight_gradients(const LstmBackward& p, const BackwardWorkspace<T>& w, double flops,
-                      const Parallel& pool) {
-  const LstmShape& s = p.shape;
-  const int64_t gates = 4 * s.hidden_size;
+void weight_gradients(const RnnBackward& p, const BackwardWorkspace<T>& w, int64_t rows,
+                      double flops, const Parallel& pool) {
+  using Run = WeightGradientRun<T>;
+  using Source = typename Run::Source;
+  const RnnShape& s = p.shape;
+  // LSTM and RNN read the same dG for both matrices; else each has its own product.
+  const bool joint = w.grad_x == w.grad_gates && w.hh_first == 0;
+  const bool projects = w.hr_words > 0;
+  const int64_t columns = w.hh.columns();
   const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
-  const int64_t share = ceil_div(threads, s.directions);
-  const int64_t blocks = ceil_div(ceil_div(gates, WeightGradientRun<T>::kBlockRows), share) * share;
-  const int64_t units = s.directions * blocks, shards = min_of(threads, units);
+  const int64_t products = joint ? 1 : 2, share = ceil_div(threads, s.directions * products);
+  const int64_t blocks = ceil_div(ceil_div(columns, Run::kBlockColumns), share) * share;
+  const int64_t per_direction = products * blocks + (projects ? 1 : 0);
+  const int64_t units = s.directions * per_direction, shards = min_of(threads, units);
+  const int64_t ld = w.row_length(s), direction_columns = w.gates * w.gate_step;
   parallel_for(pool, shards, [&](int64_t shard) {
     for (int64_t i = units * shard / shards; i < units * (shard + 1) / shards; ++i) {
-      const int64_t block = i % blocks, first = gates * block / blocks;
-      WeightGradientRun<T> run(p, w, i / blocks, first, gates * (block + 1) / blocks - first);
+      const int64_t d = i / per_direction, unit = i % per_direction;
+      const RnnWeightGrads& out = p.grad_weights[d];
+      if (unit == products * blocks) {
+        const GateMap plain{s.output_size, w.projected_step, 1, {0, 0, 0, 0}};
+        Run run(p, w, d, w.grad_projected, s.directions * w.projected_step, d * w.projected_step,
+                w.projected_step, plain, rows);
+        run.first_of_map_ = d * w.projected_step;
+        run.add_operand(Source::kGated, s.hidden_size, out.w_hr);
+        run.run();
+        continue;
+      }
+      const bool of_hidden = unit >= blocks;
+      const int64_t block = unit % blocks, first = columns * block / blocks;
+      const int64_t count = columns * (block + 1) / blocks - first;
+      const int64_t start = d * direction_columns + (of_hidden ? w.hh_first : 0);
+      Run run(p, w, d, of_hidden ? w.grad_gates : w.grad_x, ld, start + first, count,
+              of_hidden ? w.hh : w.ih, rows);
+      run.first_of_map_ = start;
+      if (!of_hidden) run.add_operand(Source::kInput, s.input_size, out.w_ih);
+      if (of_hidden || joint) run.add_operand(Source::kHidden, s.output_size, out.w_hh);
       run.run();
     }
   });
+}
+
+template <class T>
+void input_gradient(const RnnBackward& p, const BackwardWorkspace<T>& w, const Parallel& pool) {
+  using O = Operand<T>;
+  const RnnShape& s = p.shape;
+  GemmProblem<O> g;
+  g.m = s.steps * s.batch;
+  g.n = s.input_size;
+  g.k = s.directions * w.ih.columns();
+  g.a = w.grad_x;
+  g.lda = w.row_length(s);
+  g.packed_b = w.ih_panels;
+  if constexpr (std::is_same_v<T, O>)
+    g.epilogue.out = static_cast<T*>(p.grad_input);
+  else
+    g.epilogue.out = w.wide_input_grad;
+  g.epilogue.ld_out = s.input_size;
+  gemm(g, pool);
+  if constexpr (!std::is_same_v<T, O>)
+    convert(w.wide_input_grad, static_cast<T*>(p.grad_input), g.m * g.n);
 }
 
 }  // namespace

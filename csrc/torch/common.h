@@ -130,7 +130,14 @@ inline Parallel torch_pool() {
 
 // --- packed weights: a 64-byte header, then panels as the active ISA's kernels read them ---
 
-enum class PackedKind : int32_t { kLinear = 1, kConv2d = 2, kLstm = 3, kGated = 4 };
+enum class PackedKind : int32_t {
+  kLinear = 1,
+  kConv2d = 2,
+  kLstm = 3,
+  kGated = 4,
+  kGru = 5,
+  kRnn = 6,
+};
 
 struct PackedHeader {
   char magic[8];

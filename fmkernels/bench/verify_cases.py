@@ -50,7 +50,7 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case of every op, family by family."""
-    return [*conv_cases(), *max_pool_cases(), *linear_cases(), *lstm_cases(), *attention_cases()]
+    return [*conv_cases(), *max_pool_cases(), *linear_cases(), *rnn_cases(), *attention_cases()]
 
 
 # Activations with a corner. A pre-activation next to it may fall on either side by one rounding,
@@ -289,7 +289,8 @@ def linear_cases() -> Iterator[Case]:
 # ------------------------------------------------------------------------------------------ rnn
 
 
-def _lstm(
+def _recurrent(
+    kind: str,
     name: str,
     shape: tuple[int, int, int],
     hidden: int,
@@ -299,82 +300,100 @@ def _lstm(
     num_layers: int = 1,
     bidirectional: bool = False,
     batch_first: bool = False,
+    proj_size: int = 0,
+    nonlinearity: str = "tanh",
 ) -> Case:
-    template = nn.LSTM(
-        shape[2], hidden, num_layers, bias, batch_first, bidirectional=bidirectional, device="meta"
+    """A layer of ``kind`` "lstm", "gru" or "rnn" on an input of ``shape``."""
+    lstm = kind == "lstm"
+    options = {"bidirectional": bidirectional, "device": "meta"}
+    if proj_size:
+        options["proj_size"] = proj_size
+    template = getattr(nn, kind.upper())(
+        shape[2],
+        hidden,
+        num_layers,
+        bias=bias,
+        batch_first=batch_first,
+        **options,
     )
     weight_names = [key for key, _ in template.named_parameters()]
-    states = (num_layers * (1 + bidirectional), shape[0 if batch_first else 1], hidden)
+    states = (num_layers * (1 + bidirectional), shape[0 if batch_first else 1])
 
     def make(generator: torch.Generator) -> Named:
         inputs = {"input": _normal(generator, *shape)}
         if hx:
-            inputs["h0"] = _normal(generator, *states, scale=0.5)
-            inputs["c0"] = _normal(generator, *states)
+            inputs["h0"] = _normal(generator, *states, proj_size or hidden, scale=0.5)
+            if lstm:
+                inputs["c0"] = _normal(generator, *states, hidden)
         for key, parameter in template.named_parameters():
             inputs[key] = _normal(generator, *parameter.shape, scale=hidden**-0.5)
         return inputs
 
     def arguments(x: Named) -> tuple:
-        zeros = x["input"].new_zeros(states)
+        h0 = x.get("h0", x["input"].new_zeros(*states, proj_size or hidden))
+        state = (h0, x.get("c0", x["input"].new_zeros(*states, hidden))) if lstm else h0
         weights = [x[key] for key in weight_names]
-        options = (bias, num_layers, 0.0, False, bidirectional, batch_first)
-        return x["input"], (x.get("h0", zeros), x.get("c0", zeros)), weights, *options
+        return x["input"], state, weights, bias, num_layers, 0.0, False, bidirectional, batch_first
 
+    extra = {"nonlinearity": nonlinearity} if kind == "rnn" else {}
+    theirs = getattr(torch, f"rnn_{nonlinearity}" if kind == "rnn" else kind)
     return Case(
         "rnn",
-        "lstm",
+        kind,
         name,
         make,
-        lambda x, backend: functional.lstm(*arguments(x), backend=backend),
-        lambda x: torch.lstm(*arguments(x)),
+        lambda x, backend: getattr(functional, kind)(*arguments(x), **extra, backend=backend),
+        lambda x: theirs(*arguments(x)),
     )
 
 
-def _lstm_cell(name: str, batch: int, features: int, hidden: int) -> Case:
+def _cell(kind: str, name: str, batch: int, features: int, hidden: int) -> Case:
+    """One step of "lstm_cell", "gru_cell", "rnn_tanh_cell" or "rnn_relu_cell"."""
+    rows = {"lstm": 4, "gru": 3, "rnn": 1}[kind.split("_")[0]] * hidden
+
     def make(generator: torch.Generator) -> Named:
         draw = partial(_normal, generator)
-        return {
-            "input": draw(batch, features),
-            "h": draw(batch, hidden, scale=0.5),
-            "c": draw(batch, hidden),
-            "w_ih": draw(4 * hidden, features, scale=hidden**-0.5),
-            "w_hh": draw(4 * hidden, hidden, scale=hidden**-0.5),
-            "b_ih": draw(4 * hidden, scale=0.2),
-            "b_hh": draw(4 * hidden, scale=0.2),
+        inputs = {"input": draw(batch, features), "h": draw(batch, hidden, scale=0.5)}
+        if kind == "lstm_cell":
+            inputs["c"] = draw(batch, hidden)
+        return inputs | {
+            "w_ih": draw(rows, features, scale=hidden**-0.5),
+            "w_hh": draw(rows, hidden, scale=hidden**-0.5),
+            "b_ih": draw(rows, scale=0.2),
+            "b_hh": draw(rows, scale=0.2),
         }
 
     def arguments(x: Named) -> tuple:
-        return x["input"], (x["h"], x["c"]), x["w_ih"], x["w_hh"], x["b_ih"], x["b_hh"]
+        state = (x["h"], x["c"]) if kind == "lstm_cell" else x["h"]
+        return x["input"], state, x["w_ih"], x["w_hh"], x["b_ih"], x["b_hh"]
 
     return Case(
         "rnn",
-        "lstm_cell",
+        kind,
         name,
         make,
-        lambda x, backend: functional.lstm_cell(*arguments(x), backend=backend),
-        lambda x: torch.lstm_cell(*arguments(x)),
+        lambda x, backend: getattr(functional, kind)(*arguments(x), backend=backend),
+        lambda x: getattr(torch, kind)(*arguments(x)),
     )
 
 
-def lstm_cases() -> Iterator[Case]:
-    yield _lstm("T5 B3 7->9", (5, 3, 7), 9)
-    yield _lstm("T12 B16 32->64", (12, 16, 32), 64)
-    yield _lstm("T9 B1 24->48", (9, 1, 24), 48)
-    yield _lstm("T1 B2 5->16", (1, 2, 5), 16)
-    yield _lstm("T6 B5 11->20 with hx", (6, 5, 11), 20, hx=True)
-    yield _lstm("batch first B4 T6 10->12", (4, 6, 10), 12, batch_first=True)
-    yield _lstm("without bias T4 B3 8->8", (4, 3, 8), 8, bias=False)
-    yield _lstm(
-        "bidirectional, 2 layers T6 B3 7->10 with hx",
-        (6, 3, 7),
-        10,
-        hx=True,
-        num_layers=2,
-        bidirectional=True,
-    )
-    yield _lstm_cell("B1 5->7", 1, 5, 7)
-    yield _lstm_cell("B32 64->64", 32, 64, 64)
+def rnn_cases() -> Iterator[Case]:
+    for kind in ("lstm", "gru", "rnn"):
+        layer = partial(_recurrent, kind)
+        yield layer("T5 B3 7->9", (5, 3, 7), 9)
+        yield layer("T12 B16 32->64", (12, 16, 32), 64)
+        yield layer("T9 B1 24->48", (9, 1, 24), 48)
+        yield layer("T1 B2 5->16", (1, 2, 5), 16)
+        yield layer("T6 B5 11->20 with hx", (6, 5, 11), 20, hx=True)
+        yield layer("batch first B4 T6 10->12", (4, 6, 10), 12, batch_first=True)
+        yield layer("without bias T4 B3 8->8", (4, 3, 8), 8, bias=False)
+        two_ways = {"hx": True, "num_layers": 2, "bidirectional": True}
+        yield layer("bidirectional, 2 layers T6 B3 7->10 with hx", (6, 3, 7), 10, **two_ways)
+    yield _recurrent("lstm", "projection T6 B3 7->20->9", (6, 3, 7), 20, proj_size=9)
+    yield _recurrent("rnn", "relu T6 B3 7->9", (6, 3, 7), 9, nonlinearity="relu")
+    for kind in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+        yield _cell(kind, "B1 5->7", 1, 5, 7)
+        yield _cell(kind, "B32 64->64", 32, 64, 64)
 
 
 # ------------------------------------------------------------------------------------ attention

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fmkernels
 from fmkernels import functional, models
+from fmkernels import nn as fnn
 from fmkernels.bench import cnn_stacks
 
 FAMILIES = ("conv", "linear", "rnn", "attention", "models")
@@ -176,12 +177,6 @@ def _linear(rows: int, out: int, features: int) -> tuple[nn.Module, Inputs]:
     return nn.Linear(features, out), (torch.randn(rows, features),)
 
 
-def _lstm(
-    time: int, batch: int, features: int, hidden: int, **options
-) -> tuple[nn.Module, Inputs]:
-    return nn.LSTM(features, hidden, **options), (torch.randn(time, batch, features),)
-
-
 class _TwoLSTMs(nn.Module):
     """Two LSTM layers of different width, as in the recurrent reference architecture."""
 
@@ -198,8 +193,25 @@ def _two_lstms() -> tuple[nn.Module, Inputs]:
     return _TwoLSTMs(64, 128, 64), (torch.randn(100, 32, 64),)
 
 
-def _lstm_cell(batch: int, hidden: int) -> tuple[nn.Module, Inputs]:
-    return nn.LSTMCell(hidden, hidden), (torch.randn(batch, hidden),)
+def _cell(kind: str, batch: int, hidden: int) -> tuple[nn.Module, Inputs]:
+    return getattr(nn, kind)(hidden, hidden), (torch.randn(batch, hidden),)
+
+
+def _recurrent(
+    kind: str, time: int, batch: int, hidden: int, **options
+) -> tuple[nn.Module, Inputs]:
+    return getattr(nn, kind)(hidden, hidden, **options), (torch.randn(time, batch, hidden),)
+
+
+def _variant(time: int, batch: int, hidden: int, **options) -> tuple[nn.Module, Inputs]:
+    # torch has no such layer: the same equations in plain PyTorch stand for it.
+    layer = fnn.LSTM(hidden, hidden, backend="reference", **options)
+    return layer, (torch.randn(time, batch, hidden),)
+
+
+def _on_the_best_backend(module: nn.Module) -> nn.Module:
+    module.backend = None
+    return module
 
 
 def _sdpa(
@@ -253,6 +265,7 @@ conv = partial(Workload, family="conv", layouts=_BOTH_LAYOUTS)
 block = partial(conv, corners=True)
 linear = partial(Workload, family="linear")
 rnn = partial(Workload, family="rnn")
+variant = partial(rnn, substitute=_on_the_best_backend)
 attention = partial(Workload, family="attention")
 sdpa = partial(attention, backward_cost=2.5, substitute=_with_our_attention)
 model = partial(Workload, family="models", input_gradient=False, corners=True)
@@ -343,14 +356,44 @@ WORKLOADS: tuple[Workload, ...] = (
     linear("linear 4096x4096x4096", build=partial(_linear, 4096, 4096, 4096)),
     linear("linear 64x4096x1024", build=partial(_linear, 64, 4096, 1024)),
     linear("linear 1x4096x4096", build=partial(_linear, 1, 4096, 4096)),
-    rnn("lstm T100 B64 H256", build=partial(_lstm, 100, 64, 256, 256), quick=True),
-    rnn("lstm T50 B1 H128", build=partial(_lstm, 50, 1, 128, 128), quick=True),
+    *(
+        rnn(
+            f"lstm T100 B{batch} H{hidden}",
+            build=partial(_recurrent, "LSTM", 100, batch, hidden),
+            quick=(batch, hidden) == (64, 256),
+        )
+        for batch in (32, 64)
+        for hidden in (128, 256, 512)
+    ),
+    *(
+        rnn(
+            f"lstm T50 B1 H{hidden}",
+            build=partial(_recurrent, "LSTM", 50, 1, hidden),
+            quick=hidden == 128,
+        )
+        for hidden in (64, 128, 512)
+    ),
+    rnn("lstm T50 B8 H256", build=partial(_recurrent, "LSTM", 50, 8, 256)),
     rnn("lstm 128 + lstm 64 T100 B32", build=_two_lstms),
     rnn(
         "lstm bidirectional 2 layers T50 B16 H128",
-        build=partial(_lstm, 50, 16, 128, 128, num_layers=2, bidirectional=True),
+        build=partial(_recurrent, "LSTM", 50, 16, 128, num_layers=2, bidirectional=True),
     ),
-    rnn("lstm cell B32 H256", build=partial(_lstm_cell, 32, 256)),
+    rnn("gru T100 B32 H256", build=partial(_recurrent, "GRU", 100, 32, 256)),
+    rnn("rnn T100 B32 H256", build=partial(_recurrent, "RNN", 100, 32, 256)),
+    *(
+        rnn(f"{kind.lower()[:-4]} cell B{batch} H256", build=partial(_cell, kind, batch, 256))
+        for kind in ("LSTMCell", "GRUCell")
+        for batch in (1, 32)
+    ),
+    *(
+        variant(f"lstm {name} T100 B32 H256", build=partial(_variant, 100, 32, 256, **options))
+        for name, options in (
+            ("relu", {"activation": "relu"}),
+            ("layer norm", {"layer_norm": True}),
+            ("peephole", {"peephole": True}),
+        )
+    ),
     sdpa("sdpa 4x8x512x64", build=partial(_sdpa, 4, 8, 512, 64), quick=True),
     sdpa(
         "sdpa causal 1x12x1024x64",

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fmkernels._dispatch import check_backend_name
 from fmkernels.functional.rnn import gru, lstm, lstm_options, rnn
+from fmkernels.nn._dynamo import trace_layers
 from fmkernels.nn._frozen import Freezable, adopt
 from fmkernels.ops.rnn.autograd import pack_weights
 
@@ -100,6 +101,9 @@ class _Sequence(Freezable, nn.RNNBase):
             )
             for layer in range(self.num_layers)
         ]  # fmt: skip
+
+
+trace_layers(_Sequence)
 
 
 def _permuted(state: Tensor, order: Tensor | None) -> Tensor:

@@ -27,10 +27,6 @@ def _cpu(kind: str) -> Backend:
         options: schema.LSTMOptions = schema.PLAIN_LSTM,
         width: int = 0,
     ) -> Support:
-        if extras:
-            return Support(False, f"has no {', '.join(extras)} yet")
-        if options[1:] != schema.PLAIN_LSTM[1:]:
-            return Support(False, "has no variants of the LSTM yet")
         return native_cpu_support(input, native)
 
     forward, backward, pack = (getattr(_ops, name).default for name in names)
