@@ -75,6 +75,17 @@ def toolkit_candidates(environ: Mapping[str, str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def find_toolkit(candidates: Iterable[Path]) -> Toolkit | str:
+    """The first complete toolkit, or what the candidates lack."""
+    rejected = []
+    for root in candidates:
+        toolkit = inspect_toolkit(root)
+        if not isinstance(toolkit, str):
+            return toolkit
+        rejected.append(f"{root}: {toolkit}")
+    return f"no complete CUDA toolkit was found ({'; '.join(rejected) or 'nothing to look at'})"
+
+
 def gpu_present() -> bool:
     """Whether the NVIDIA driver shows a device. No CUDA call: those take seconds."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -84,6 +84,8 @@ COMMON_FLAGS = (
     "-Wextra",
 )
 
+NVCC_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "--expt-relaxed-constexpr")
+
 
 def find_compiler(environ: Mapping[str, str]) -> list[str] | None:
     """The C++ compiler's command: $CXX, else the first of c++, g++, clang++ on the PATH, else
@@ -210,18 +212,15 @@ class Builder:
 
     def ops_units(self) -> list[Unit]:
         """What only _ops.so contains."""
-        torch_include = self.torch_dir / "include"
-        flags = [
-            f"-isystem{torch_include}",
-            # torch's headers put __FILE__ into error messages
-            f"-ffile-prefix-map={torch_include}{os.sep}=",
-            "-DTORCH_STABLE_ONLY",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        flags = torch_flags(self.torch_dir)
+        cuda_files = set(self._sources("torch", "*_cuda.cpp"))
+        units = [
+            self._unit(path, flags) for path in self._sources("torch") if path not in cuda_files
         ]
         if self.cuda.toolkit is not None:
+            # USE_CUDA: torch's headers then declare how to get at the current stream.
             flags += ["-DUSE_CUDA", f"-isystem{self.cuda.toolkit.root / 'include'}"]
-        units = [self._unit(path, flags) for path in self._sources("torch")]
-        if self.cuda.toolkit is not None:
+            units += [self._unit(path, flags) for path in sorted(cuda_files)]
             units += [self._cuda_unit(path) for path in self._sources("cuda", "*.cu")]
         return units
 
@@ -271,10 +270,7 @@ class Builder:
         host = ("-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", self.compiler[-1])
         command = (
             str(toolkit.nvcc),
-            "-std=c++20",
-            "-O3",
-            "-DNDEBUG",
-            "-Icsrc",
+            *NVCC_FLAGS,
             *self.cuda.gencode,
             *host,
         )
@@ -295,8 +291,8 @@ class Builder:
     def build(self, ops_library: Path, lab_library: Path, jobs: int) -> None:
         """Bring both libraries up to date. Raises BuildError."""
         common, ops, lab = self.common_units(), self.ops_units(), self.lab_units()
-        with _working_directory(self.root), _lock(self.object_dir):
-            _compile_all([*common, *ops, *lab], jobs)
+        with working_directory(self.root), exclusive(self.object_dir):
+            compile_all([*common, *ops, *lab], jobs)
             torch_lib = self.torch_dir / "lib"
             libraries = [f"-L{torch_lib}", "-ltorch", "-ltorch_cpu"]
             if self.cuda.toolkit is not None:
@@ -380,7 +376,20 @@ def make_builder(root: Path, compiler: Sequence[str], environ: Mapping[str, str]
     )
 
 
-def _compile_all(units: Sequence[Unit], jobs: int) -> None:
+def torch_flags(torch_dir: Path) -> list[str]:
+    """For compiling against the stable ABI of the torch installed at `torch_dir`."""
+    include = torch_dir / "include"
+    return [
+        f"-isystem{include}",
+        # torch's headers put __FILE__ into error messages
+        f"-ffile-prefix-map={include}{os.sep}=",
+        "-DTORCH_STABLE_ONLY",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
+
+
+def compile_all(units: Sequence[Unit], jobs: int) -> int:
+    """Compile what is out of date; returns how many that were. Raises BuildError."""
     stale = [unit for unit in units if not unit.up_to_date()]
     print(
         f"fmkernels: {len(stale)} of {len(units)} objects to compile, {jobs} at a time", flush=True
@@ -402,6 +411,7 @@ def _compile_all(units: Sequence[Unit], jobs: int) -> None:
             print(
                 f"[{done}/{len(stale)}] {running[future].object.name} {seconds:.1f} s", flush=True
             )
+    return len(stale)
 
 
 def _output(command: Sequence[str]) -> str:
@@ -409,7 +419,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _working_directory(path: Path) -> Iterator[None]:
+def working_directory(path: Path) -> Iterator[None]:
     previous = Path.cwd()
     os.chdir(path)
     try:
@@ -419,7 +429,7 @@ def _working_directory(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """One build at a time in `folder`; a second one waits and then finds the objects made."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as handle:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +19,8 @@ import torch  # noqa: E402
 from fmkernels import UnsupportedError  # noqa: E402
 from fmkernels.ops._triton import support  # noqa: E402
 from fmkernels.ops._triton.guarded import guarded_kernels  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The same examples on every run: a red test is red for everyone.
 hypothesis.settings.register_profile("fmkernels", deadline=None, derandomize=True)
@@ -69,3 +73,26 @@ def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated_ops() -> Path:
+    """The CUDA operators compiled for the CPU, loaded into torch."""
+    sys.path.insert(0, str(ROOT))
+    from build_support import emulator, native
+
+    given = os.environ.get("FMK_EMULATED_OPS")  # a sanitizer's build, in a process of its own
+    try:
+        library = emulator.build("plain") if given is None else Path(given)
+    except native.BuildError as error:
+        if native.find_compiler(os.environ) is None:
+            pytest.skip(f"the emulator cannot be built: {error}")
+        raise
+    torch.ops.load_library(str(library))
+    return library
+
+
+@pytest.fixture
+def emulated_cuda(emulated_ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are served by the backend "cuda", whose kernels run in the emulator."""
+    monkeypatch.setattr("fmkernels.ops._cuda_support.EMULATED", True)
