@@ -14,7 +14,15 @@ from fmkernels._dispatch import Backend, autocast_enabled, select
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
 from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
-from fmkernels.ops.rnn.schema import CELL_STATES, LENGTHS, MASKS, PROJECTION, LSTMOptions
+from fmkernels.ops.rnn.schema import (
+    CELL_STATES,
+    LENGTHS,
+    MASKS,
+    PLAIN_LSTM,
+    PROJECTION,
+    LSTMOptions,
+    Sizes,
+)
 
 # What the kinds of layer other than the LSTM hand to their ops besides tensors: nothing for the
 # GRU, the nonlinearity for the RNN.
@@ -275,8 +283,9 @@ def lstm(
     if return_cells:
         extras += (CELL_STATES,)
     width = max(h0.size(-1), c0.size(-1))
-    name, _ = select("lstm", LSTM, backend, input, extras, options, width)
     directions, steps = h0.size(0) // len(layers), input.size(1 if batch_first else 0)
+    sizes = Sizes(steps, h0.size(1), c0.size(2), directions)
+    name, _ = select("lstm", LSTM, backend, input, extras, options, width, sizes)
     hiddens, cells = [], []
     with autocast_off(device_type):
         for index, weights in enumerate(layers):
@@ -352,8 +361,10 @@ def simple(
     else:
         input, h0 = cast_for_autocast(input, h0)
         layers, packed_weights = _cast_layers(layers, packed_weights)
-    name, _ = select(kind, backends, backend, input, () if lengths is None else (LENGTHS,))
-    directions = h0.size(0) // len(layers)
+    directions, steps = h0.size(0) // len(layers), input.size(1 if batch_first else 0)
+    sizes = Sizes(steps, h0.size(1), h0.size(2), directions)
+    extras = () if lengths is None else (LENGTHS,)
+    name, _ = select(kind, backends, backend, input, extras, PLAIN_LSTM, 0, sizes)
     hiddens = []
     with autocast_off(device_type):
         for index, weights in enumerate(layers):

@@ -1,7 +1,8 @@
 """The backends of the recurrent ops, best first.
 
-``supports`` is asked with the input, the names of the extras in schema.py that the call uses, and
-for the LSTM its options and the wider of its cell and hidden state.
+``supports`` is asked with the input, the names of the extras in schema.py that the call uses, the
+LSTM's options, the wider of its cell and hidden state (0 for the others), and the sizes of a whole
+sequence's recurrence (None for a cell, and for packing).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend
-from fmkernels.ops.rnn import reference, schema  # schema defines the ops
+from fmkernels.ops.rnn import cuda, reference, schema  # schema defines the ops
 
 _ops = torch.ops.fmkernels
 
@@ -26,6 +27,7 @@ def _cpu(kind: str) -> Backend:
         extras: tuple[str, ...] = (),
         options: schema.LSTMOptions = schema.PLAIN_LSTM,
         width: int = 0,
+        sizes: schema.Sizes | None = None,
     ) -> Support:
         return native_cpu_support(input, native)
 
@@ -44,6 +46,7 @@ def _triton_supports(
     extras: tuple[str, ...] = (),
     options: schema.LSTMOptions = schema.PLAIN_LSTM,
     width: int = 0,
+    sizes: schema.Sizes | None = None,
 ) -> Support:
     if input.dtype == torch.float64:
         return Support(False, "runs in float32, bfloat16 and float16; got torch.float64")
@@ -66,17 +69,41 @@ def _most_resident_features(input: Tensor) -> int:
     return widest if input.element_size() == 2 else widest // 2
 
 
+def _cuda(cell: str) -> Backend:
+    def supports(
+        input: Tensor,
+        extras: tuple[str, ...] = (),
+        options: schema.LSTMOptions = schema.PLAIN_LSTM,
+        width: int = 0,
+        sizes: schema.Sizes | None = None,
+    ) -> Support:
+        if extras and extras != (schema.LENGTHS,):
+            return Support(False, f"has no {', '.join(set(extras) - {schema.LENGTHS})}")
+        if options[1:] != schema.PLAIN_LSTM[1:]:
+            return Support(False, "has no variants of the LSTM")
+        return cuda.recurrence_supports(input, cell, sizes)
+
+    return Backend(
+        supports=supports,
+        forward=getattr(cuda, f"{cell}_forward"),
+        backward=getattr(cuda, f"{cell}_backward"),
+        yields_to=cuda.recurrence_yields_to,
+    )
+
+
 def _reference_supports(
     input: Tensor,
     extras: tuple[str, ...] = (),
     options: schema.LSTMOptions = schema.PLAIN_LSTM,
     width: int = 0,
+    sizes: schema.Sizes | None = None,
 ) -> Support:
     return SUPPORTED
 
 
 LSTM = {
     "cpu": _cpu("lstm"),
+    "cuda": _cuda("lstm"),
     "triton": _triton("lstm"),
     "reference": Backend(
         supports=_reference_supports,
@@ -86,6 +113,7 @@ LSTM = {
 }
 GRU = {
     "cpu": _cpu("gru"),
+    "cuda": _cuda("gru"),
     "triton": _triton("gru"),
     "reference": Backend(
         supports=_reference_supports,

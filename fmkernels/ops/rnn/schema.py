@@ -79,6 +79,17 @@ class LSTMOptions(NamedTuple):
 
 
 PLAIN_LSTM = LSTMOptions()
+
+
+class Sizes(NamedTuple):
+    """A layer's recurrence, for backends whose choice depends on it."""
+
+    steps: int
+    batch: int
+    hidden: int
+    directions: int
+
+
 # What else a call may use; a backend's ``supports`` is told which of them it does.
 LENGTHS, PROJECTION, MASKS, CELL_STATES = "lengths", "proj_size", "dropout masks", "cell states"
 
