@@ -12,6 +12,7 @@ from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.conv import (
+    cuda,
     reference,
     reference_norm,
     reference_pool,
@@ -99,6 +100,11 @@ CONV = {
         forward=_ops.conv_forward.default,
         backward=_ops.conv_backward.default,
         pack=_ops.conv_pack_weight.default,
+    ),
+    "cuda": Backend(
+        supports=cuda.depthwise_supports,
+        forward=cuda.conv_forward,
+        backward=cuda.conv_backward,
     ),
     "triton": triton_backend(
         _TRITON, _triton_supports_conv, "conv_forward", "conv_backward", triton_pack.pack_weight
