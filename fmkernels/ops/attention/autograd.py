@@ -161,7 +161,16 @@ def cached(
         None if tensor is None else tensor.to(dtype).contiguous()
         for tensor in (options.alibi_slopes, options.sinks)
     )
-    name, implementation = select("attention_with_kv_cache", CACHED, backend, query)
+    name, implementation = select(
+        "attention_with_kv_cache",
+        CACHED,
+        backend,
+        query,
+        key_cache,
+        value_cache,
+        page_table is not None,
+        options,
+    )
     with autocast_off(query.device.type), torch.no_grad():
         if new is not None:
             key, value = (unit_stride(tensor.to(key_cache.dtype)) for tensor in new)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend, triton_op, triton_support
-from fmkernels.ops.attention import reference
+from fmkernels.ops.attention import cuda, reference
 from fmkernels.ops.attention.schema import Options
 
 # Tiles of wider heads exceed a multiprocessor's registers.
@@ -104,8 +104,13 @@ STATISTICS = {
 # Attention to a cache, and what adds to it.
 CACHED = {
     "cpu": Backend(
-        supports=lambda query: native_cpu_support(query, _NATIVE_CACHE),
+        supports=lambda query, *rest: native_cpu_support(query, _NATIVE_CACHE),
         forward=torch.ops.fmkernels.sdpa_cached.default,
+        backward=_no_backward,
+    ),
+    "cuda": Backend(
+        supports=cuda.decode_supports,
+        forward=cuda.sdpa_cached,
         backward=_no_backward,
     ),
     "triton": Backend(
@@ -114,13 +119,14 @@ CACHED = {
         backward=_no_backward,
     ),
     "reference": Backend(
-        supports=lambda query: SUPPORTED,
+        supports=lambda query, *rest: SUPPORTED,
         forward=reference.sdpa_cached,
         backward=_no_backward,
     ),
 }
 APPEND = {
     "cpu": torch.ops.fmkernels.kv_cache_append.default,
+    "cuda": reference.kv_cache_append,  # a copy of a few rows
     "triton": triton_op(_TRITON_CACHE, "kv_cache_append"),
     "reference": reference.kv_cache_append,
 }
