@@ -52,12 +52,16 @@ class Backend:
         backward: same signature as the op's ``*_backward`` schema.
         pack: same signature as the op's ``*_pack_weight`` schema; None if there is nothing to
             pack.
+        yields_to: called with the same problem under ``"auto"`` only; returns ``(name, reason)``
+            of a backend that is faster for it although it stands later in the list, or None. If
+            that one cannot serve the call, this one does.
     """
 
     supports: Callable[..., Support]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     pack: Callable[..., Any] | None = None
+    yields_to: Callable[..., tuple[str, str] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,10 @@ def select(
     refused: tuple[tuple[str, str], ...] = ()
     for candidate, backend in backends.items():
         support = backend.supports(*problem)
+        if support.ok and backend.yields_to is not None:
+            better = backend.yields_to(*problem)
+            if better and better[0] in backends and backends[better[0]].supports(*problem).ok:
+                support = Support(False, f"leaves this to {better[0]}: {better[1]}")
         if support.ok:
             record_decision(op, candidate, refused)
             return candidate, backend

@@ -13,6 +13,7 @@ import torch
 
 from fmkernels import _native
 from fmkernels._version import __version__
+from fmkernels.ops._cuda_support import device_support
 from fmkernels.ops._triton.support import device_state
 
 # x86 first, then Arm.
@@ -168,12 +169,11 @@ def last_level_cache_bytes() -> int:
 
 
 def _backend_states() -> tuple[BackendState, ...]:
-    absent = "this version has no kernels for it"
-    triton = device_state()
+    triton, cuda = device_state(), device_support()
     return (
         BackendState("cpu", _native.HAS_NATIVE, _native.NATIVE_ERROR or ""),
         BackendState("triton", triton.ok, triton.reason),
-        BackendState("cuda", False, absent),
+        BackendState("cuda", cuda.ok, cuda.reason),
         BackendState("reference", True, ""),
     )
 
