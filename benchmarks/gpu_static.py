@@ -2,10 +2,15 @@
 
     python benchmarks/gpu_static.py [--json FILE] [--dump DIR] [--arch sm_90] [--match linear]
 
-Prints one row per kernel, configuration and chip: registers, spill instructions, shared and tensor
-memory, matrix instructions, occupancy, widths of the global loads, 32-bit offsets. Exits with 1 if
-a kernel does not fit, spills with aligned strides, lacks its matrix instruction, or is worse than
-the committed baseline of this version of triton. Nothing is executed and nothing is timed.
+Prints one row per Triton kernel, configuration and chip: registers, spill instructions, shared and
+tensor memory, matrix instructions, occupancy, widths of the global loads, 32-bit offsets. Exits
+with 1 if a kernel does not fit, spills with aligned strides, lacks its matrix instruction, or is
+worse than the committed baseline of this version of triton. Nothing is executed and nothing is
+timed.
+
+    python benchmarks/gpu_static.py --cuda
+
+does the same for the CUDA C++ kernels (cuda_static.py), where nvcc is installed.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import cuda_static
 import triton
 
 from fmkernels.bench.gpu import gates, registry, sweep
@@ -28,6 +34,8 @@ BASELINE = Path(__file__).with_name("gpu_baseline.json")
 
 def main() -> int:
     options = _options()
+    if options.cuda:
+        return cuda_static.main(options.match)
     if options.dump is not None:
         options.dump.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -82,6 +90,7 @@ def line(row: sweep.Row) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row to FILE")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write every code object to DIR")
     parser.add_argument("--arch", nargs="+", choices=list(CHIPS), default=list(CHIPS))

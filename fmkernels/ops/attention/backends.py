@@ -60,7 +60,7 @@ def _triton_serves(query: Tensor) -> Support:
     return SUPPORTED
 
 
-def _triton_cache_supports(query: Tensor) -> Support:
+def _triton_cache_supports(query: Tensor, *rest: object) -> Support:
     common = triton_support(query)
     return _triton_serves(query) if common.ok else common
 
