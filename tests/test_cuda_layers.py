@@ -183,7 +183,7 @@ def test_decoding_says_when_a_block_has_too_little_memory(monkeypatch):
     ],
 )
 def test_the_heuristic_gives_its_reason(sizes, other):
-    answer = rnn.recurrence_yields_to(torch.zeros(1), (), None, sizes)
+    answer = rnn.recurrence_yields_to(torch.zeros(1), (), None, 0, sizes)
     assert (answer and answer[0]) == other
     assert answer is None or answer[1]
 

@@ -22,7 +22,9 @@ EMULATED = False
 
 def is_built() -> bool:
     """Whether the native library holds the CUDA kernels."""
-    return _native.HAS_NATIVE and torch._C._dispatch_has_kernel("fmkernels::cuda_device_problem")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    name, key = "fmkernels::cuda_device_problem", "CompositeExplicitAutograd"
+    return _native.HAS_NATIVE and has(name, key)
 
 
 @functools.cache
