@@ -51,6 +51,32 @@ def test_tf32_only_where_torch_allows_it():
             assert dot_precision(full, "matmul") == "ieee"
 
 
+def test_tuning_is_off_by_default_and_cached(monkeypatch):
+    from fmkernels.ops._triton import launch
+
+    slow, fast = launch.config(4, 1, BLOCK=16), launch.config(8, 1, BLOCK=32)
+    timed = []
+
+    def milliseconds(run, choice):
+        timed.append(choice)
+        return 2.0 if choice is slow else 1.0
+
+    monkeypatch.setattr(launch, "_milliseconds", milliseconds)
+    monkeypatch.setattr(launch, "_tuned", {})
+    table = {"slow": slow, "fast": fast}
+    monkeypatch.delenv("FMKERNELS_AUTOTUNE", raising=False)
+    assert launch.tuned("key", slow, table, None) is slow and not timed
+    monkeypatch.setenv("FMKERNELS_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert launch.tuned("key", slow, table, None) is fast
+    assert launch.tuned("key", slow, table, None) is fast
+    assert timed == [slow, fast], "each configuration once, and one key once"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert launch.tuned("other", slow, table, None) is slow
+
+
 class TestLaunches:
     """The goals for the number of launches; weights are channels_last, so nothing is packed."""
 

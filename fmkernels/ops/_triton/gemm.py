@@ -12,18 +12,22 @@ from torch import Tensor
 
 from fmkernels.ops._triton.gemm_configs import (
     ELEMENTWISE_CONFIGS,
+    FORWARD_CONFIGS,
     backward_config,
     forward_config,
     gated_config,
 )
 from fmkernels.ops._triton.launch import (
+    Config,
     accumulator_dtype,
     architecture,
     dot_precision,
     dropout_constants,
     index_dtype,
     launch,
+    power_of_two,
     split_count,
+    tuned,
 )
 from fmkernels.ops._triton.primitives import (
     activate,
@@ -358,28 +362,33 @@ def gemm_forward(
     columns, depth = weight.shape
     rows = input.numel() // depth
     precision = dot_precision(input, "matmul")
-    setting = forward_config(rows, precision, input.dtype)
-    programs = triton.cdiv(rows, setting["BLOCK_M"]) * triton.cdiv(columns, setting["BLOCK_N"])
-    launch(
-        gemm_fwd_kernel,
-        (programs,),
-        setting,
-        input,
-        weight,
-        bias,
-        residual,
-        output,
-        saved,
-        seed if dropout_p else None,
-        rows,
-        columns,
-        depth,
-        **dropout_constants(dropout_p),
-        ACTIVATION=activation,
-        PRECISION=precision,
-        ACC=accumulator_dtype(input),
-        INDEX=index_dtype(input, weight, output),
-    )
+
+    def run(setting: Config) -> None:
+        programs = triton.cdiv(rows, setting["BLOCK_M"]) * triton.cdiv(columns, setting["BLOCK_N"])
+        launch(
+            gemm_fwd_kernel,
+            (programs,),
+            setting,
+            input,
+            weight,
+            bias,
+            residual,
+            output,
+            saved,
+            seed if dropout_p else None,
+            rows,
+            columns,
+            depth,
+            **dropout_constants(dropout_p),
+            ACTIVATION=activation,
+            PRECISION=precision,
+            ACC=accumulator_dtype(input),
+            INDEX=index_dtype(input, weight, output),
+        )
+
+    key = ("gemm_fwd", input.dtype, precision, activation, power_of_two(rows), columns, depth)
+    default = forward_config(rows, precision, input.dtype)
+    run(tuned(key, default, FORWARD_CONFIGS[architecture()], run))
 
 
 def gemm_gated_forward(

@@ -257,9 +257,9 @@ _tuning_lock = threading.Lock()
 
 
 def tuned(
-    key: Hashable, default: Config, candidates: Sequence[Config], run: Callable[[Config], None]
+    key: Hashable, default: Config, table: Mapping[str, Config], run: Callable[[Config], None]
 ) -> Config:
-    """The quickest of the candidates if ``FMKERNELS_AUTOTUNE=1``, otherwise ``default``.
+    """The quickest configuration of the table if ``FMKERNELS_AUTOTUNE=1``, otherwise ``default``.
 
     Timed once per key and process, under a lock, on the current stream. Never while a CUDA graph
     is captured, when the default serves.
@@ -275,10 +275,14 @@ def tuned(
         if key not in _tuned:
             if torch.cuda.is_current_stream_capturing():
                 return default
-            _tuned[key] = min(
-                (default, *candidates), key=lambda choice: _milliseconds(run, choice)
-            )
+            choices = dict.fromkeys((default, *table.values()))
+            _tuned[key] = min(choices, key=lambda choice: _milliseconds(run, choice))
         return _tuned[key]
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two, for the sizes in a key: what differs less is tuned once."""
+    return triton.next_power_of_2(size)
 
 
 def _milliseconds(run: Callable[[Config], None], choice: Config) -> float:

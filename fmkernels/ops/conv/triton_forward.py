@@ -18,6 +18,8 @@ from fmkernels.ops._triton.launch import (
     dot_precision,
     index_dtype,
     launch,
+    power_of_two,
+    tuned,
 )
 from fmkernels.ops.conv.geometry import (
     ConvOptions,
@@ -154,19 +156,25 @@ def launch_convolution(
         return
     weight = weight_for_kernels(weight)
     precision = dot_precision(input, "conv", exact)
-    setting = gather_config(input, precision, problem.x_channels, problem.y_channels)
     transposed = problem.options.transposed
     size = problem.per_phase(problem.y_size) if transposed else problem.y_size
     rows = problem.batch * math.prod(size)
-    programs = triton.cdiv(rows, setting["BLOCK_M"]) * problem.groups
-    programs *= triton.cdiv(problem.y_channels, setting["BLOCK_N"])
-    programs *= problem.phases if transposed else 1
-    launch(
-        conv_fwd_kernel, (programs,), setting, input, weight, *tensors, argmax, problem.batch,
-        *size, *problem.y_size, *problem.x_size, problem.x_channels, problem.y_channels,
-        problem.groups, *weight_strides(weight, problem), *problem.padding,
-        POOL=pool, PRECISION=precision, **common,
-    )  # fmt: skip
+
+    def run(setting: Config) -> None:
+        programs = triton.cdiv(rows, setting["BLOCK_M"]) * problem.groups
+        programs *= triton.cdiv(problem.y_channels, setting["BLOCK_N"])
+        programs *= problem.phases if transposed else 1
+        launch(
+            conv_fwd_kernel, (programs,), setting, input, weight, *tensors, argmax, problem.batch,
+            *size, *problem.y_size, *problem.x_size, problem.x_channels, problem.y_channels,
+            problem.groups, *weight_strides(weight, problem), *problem.padding,
+            POOL=pool, PRECISION=precision, **common,
+        )  # fmt: skip
+
+    shape = (power_of_two(rows), problem.x_channels, problem.y_channels, problem.groups)
+    key = ("conv_fwd", input.dtype, precision, activation, pool, problem.kernel, *shape)
+    default = gather_config(input, precision, problem.x_channels, problem.y_channels)
+    run(tuned(key, default, GATHER_CONFIGS[architecture()], run))
 
 
 def _launch_depthwise_forward(
