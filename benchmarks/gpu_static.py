@@ -47,16 +47,20 @@ def main() -> int:
         dump=options.dump,
         on_row=lambda row: print(line(row), flush=True),
     )
-    whole = not (options.match or options.kernel) and options.dtype == list(registry.DTYPES)
+    chosen = (options.match, options.kernel, options.dtype, options.arch)
+    whole = chosen == ("", "", list(registry.DTYPES), list(CHIPS))
     baseline = gates.read_baseline(BASELINE, triton.__version__)
     wrong = {row.key: gates.problems(row) for row in rows}
     if options.write_baseline:
-        gates.write_baseline(BASELINE, triton.__version__, rows)
+        gates.write_baseline(BASELINE, triton.__version__, rows, whole)
     elif baseline is None:
         print(f"no baseline for triton {triton.__version__}: only the absolute gates apply")
     else:
         for row in rows:
             wrong[row.key] += gates.regressions(row, baseline)
+        new = sum(row.key not in baseline for row in rows)
+        if new:
+            print(f"{new} rows are not in the baseline: record them with --write-baseline")
     if whole:
         wrong["tables"] = gates.uncovered(rows, options.arch)
     if options.json is not None:
@@ -100,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--write-baseline", action="store_true", help=f"replace {BASELINE.name}")
+    parser.add_argument("--write-baseline", action="store_true", help=f"record in {BASELINE.name}")
     return parser.parse_args()
 
 

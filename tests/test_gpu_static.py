@@ -98,7 +98,11 @@ def test_regressions_against_the_baseline(tmp_path):
     assert gates.regressions(make_row(registers=136), baseline) == []
     for worse in ({"registers": 160}, {"spills": 1}, {"shared": 98305}):
         assert gates.regressions(make_row(**worse), baseline)
-    assert gates.regressions(make_row(config="new"), baseline)
+    assert gates.regressions(make_row(config="new"), baseline) == []
+    gates.write_baseline(path, "3.7.0", [make_row(config="new")])
+    assert len(gates.read_baseline(path, "3.7.0")) == 2
+    gates.write_baseline(path, "3.7.0", [row], whole=True)
+    assert list(gates.read_baseline(path, "3.7.0")) == [row.key]
 
 
 def test_every_case_is_named_once_and_every_kernel_declared():

@@ -79,12 +79,10 @@ def baseline_entry(row: Row) -> dict[str, Any]:
 
 
 def regressions(row: Row, baseline: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How a row is worse than the baseline's."""
-    if row.error:
-        return []
+    """How a row is worse than the baseline's; a row that is not recorded cannot be."""
     before = baseline.get(row.key)
-    if before is None:
-        return ["is not in the baseline: write it anew with --write-baseline"]
+    if row.error or before is None:
+        return []
     found = row.resources
     worse = [
         f"{name} {found[name]}, was {before[name]}"
@@ -103,10 +101,18 @@ def read_baseline(path: Path, triton_version: str) -> dict[str, dict[str, Any]] 
     return json.loads(path.read_text()).get(triton_version)
 
 
-def write_baseline(path: Path, triton_version: str, rows: Iterable[Row]) -> None:
-    """Replace the rows of one version of triton, one row per line."""
+def write_baseline(
+    path: Path, triton_version: str, rows: Iterable[Row], whole: bool = False
+) -> None:
+    """Record the rows of one version of triton, one row per line.
+
+    Args:
+        whole: these are all rows there are: others of this version are dropped.
+    """
     versions = json.loads(path.read_text()) if path.exists() else {}
-    versions[triton_version] = {row.key: baseline_entry(row) for row in rows if not row.error}
+    recorded = {} if whole else versions.get(triton_version, {})
+    new = {row.key: baseline_entry(row) for row in rows if not row.error}
+    versions[triton_version] = recorded | new
     blocks = []
     for version in sorted(versions):
         lines = [
