@@ -60,6 +60,12 @@ def replace(
     ``Sequential`` are called one by one from code that torch.fx cannot trace, and under
     ``nn.DataParallel`` and FSDP, which handle modules apart from one another.
 
+    Of Hugging Face's transformers, ``Conv1D``, RMS norms and gated feed-forward blocks are
+    exchanged if they compute what their names say. Layers that look their attention up in its
+    ``AttentionInterface`` stay, and the configuration selects the implementation ``"fmkernels"``,
+    which is registered in this process: a model pickled like that needs a ``replace`` of any model
+    with such layers before it runs in another one.
+
     Args:
         model: any module. If it is itself a layer of a family it cannot be exchanged in place: use
             ``report.model``.
