@@ -15,10 +15,6 @@ from fmkernels.ops.attention.schema import Options
 
 BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
-capable = pytest.mark.parametrize(
-    "backend",
-    testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options(softcap=1.0)),
-)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native library")
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 
@@ -121,8 +117,6 @@ ALL_CHECKS = (*QUICK_CHECKS, "test_aot_dispatch_dynamic")
 def test_opcheck(name, layout, dtype, kind):
     operands = make_operands(name, layout, dtype)
     options = make_options(kind, *operands[:2])
-    if not SDPA["cpu"].supports(operands[0], options).ok:
-        pytest.skip("not native")
     thorough = dtype == torch.float32 and name == "gqa"
     checks = ALL_CHECKS if thorough else QUICK_CHECKS
     ops = torch.ops.fmkernels
@@ -134,7 +128,7 @@ def test_opcheck(name, layout, dtype, kind):
         torch.library.opcheck(ops.sdpa_backward.default, backward, test_utils=checks)
 
 
-@capable
+@backends
 @pytest.mark.parametrize("kind", ["full", "causal", "bool", "float", "options"])
 def test_compiled_function_matches(backend, kind):
     query, key, value = make_operands("gqa", "heads_first", torch.float32)
@@ -157,7 +151,7 @@ def test_compiled_function_matches(backend, kind):
         torch.testing.assert_close(traced[name], eager[name])
 
 
-@capable
+@backends
 def test_compiled_dropout_drops_the_same_weights_in_the_backward(backend):
     """The values' gradient tells the weights that the output used."""
     query = testing.normal(1, 1, 6, 8, dtype=torch.float64)

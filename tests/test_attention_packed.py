@@ -11,10 +11,7 @@ from fmkernels._attention_oracle import attend
 from fmkernels.ops.attention.backends import SDPA
 from fmkernels.ops.attention.schema import Options
 
-OFFSETS = torch.zeros(1, dtype=torch.int32)
-BACKENDS = testing.available_backends(
-    SDPA, torch.zeros(1, 1, 1, 1), Options(cu_seqlens_q=OFFSETS, cu_seqlens_k=OFFSETS)
-)
+BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 

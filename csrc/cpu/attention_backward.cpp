@@ -6,8 +6,9 @@
 //   dV += P^T dO   dK += scale dS^T Q       dQ += scale dS K
 //
 // A thread owns a key head, or a share of its queries, so nothing is added to concurrently. Sums
-// are kept in the compute type until the end.
-#include "cpu/attention_blocks.h"
+// are kept in the compute type until the end. With dropout factors Z, dV += (Z P)^T dO and dP is
+// multiplied by Z; dS is the gradient of masks and slopes, before the derivative of the softcap.
+#include "cpu/attention_scores.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
@@ -25,6 +26,8 @@ struct ScoreGradients {
   const Acc<O>* delta;  // [lanes]
   Acc<O> unit;
   bool need_grad_scores;
+  const Acc<O>*dropout, *derivative;  // [keys][lanes], or null: 1
+  Acc<O>* plain;                      // dS before the derivative, in the compute type; or null
   O* probs;
   O* grad_scores;
   Word<O>* grad_score_words;
@@ -49,15 +52,22 @@ FMK_NOINLINE void probabilities_block(const ScoreGradients<O>& g, int64_t key0, 
       V grads[2] = {zero<V>(), zero<V>()};
       for (int i = 0; i < kPair; ++i) {
         const int64_t at = (k + i) * lanes + j * V::W;
-        V p = zero<V>();
+        V p = zero<V>(), plain = zero<V>();
         if (j >= hidden && k + i < count) {
           const V x = fma(load(g.scores + at), unit, zero<V>() - lse);
           if constexpr (kPair == 2)
             p = exp2_nonpositive_coarse(x);
           else
             p = exp2_nonpositive(x);
-          if (g.need_grad_scores) grads[i] = p * (load(g.grad_probs + at) - delta);
+          if (g.need_grad_scores) {
+            V grad = load(g.grad_probs + at);
+            if (g.dropout) grad = grad * load(g.dropout + at);
+            plain = p * (grad - delta);
+            grads[i] = g.derivative ? plain * load(g.derivative + at) : plain;
+          }
+          if (g.dropout) p = p * load(g.dropout + at);
         }
+        if (g.plain) store(g.plain + at, plain);
         store(g.probs + at, p);
         if (g.need_grad_scores) store(g.grad_scores + at, grads[i]);
       }
@@ -84,7 +94,7 @@ FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const
     // Queries before key0 + k do not see any key of the tile.
     int64_t skip = 0;
     if (block.ordered)
-      skip = max_of<int64_t>(0, min_of<int64_t>(key0 + k - block.position, block.rows)) / kPair;
+      skip = max_of<int64_t>(0, min_of<int64_t>(key0 + k - block.edge, block.rows)) / kPair;
     const Word<O>* row_pointers[kRowsPerTile];
     for (int i = 0; i < kRowsPerTile; ++i)
       row_pointers[i] = reinterpret_cast<const Word<O>*>(a + (k + i) * lanes) + skip;
@@ -110,6 +120,12 @@ FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const
   }
 }
 
+// Sums that queries of several heads share, in the compute type; null where not wanted.
+template <class E>
+struct OptionGradients {
+  E *mask, *slopes, *sinks;
+};
+
 template <class T>
 class BackwardPass {
   using O = Operand<T>;
@@ -128,7 +144,8 @@ class BackwardPass {
         value_sums_((p_.keys + kRowsPerTile) * value_ld_),
         heads_(p_.batch * p_.kv_heads),
         blocks_per_head_(heads_ ? queries_.lists / heads_ * queries_.blocks() : 0),
-        need_grad_scores_(backward.grad_query.data || backward.grad_key.data) {}
+        need_plain_(backward.grad_mask || backward.grad_slopes),
+        need_grad_scores_(backward.grad_query.data || backward.grad_key.data || need_plain_) {}
 
   void run(const Parallel& pool) const {
     if (heads_ == 0) return;
@@ -142,8 +159,10 @@ class BackwardPass {
       shared = static_cast<E*>(
           scratch_bytes(Scratch::kCall, units * (key_sums_ + value_sums_) * sizeof(E)));
     const int64_t shards = min_of(threads, units);
+    OptionSums sums = option_sums(shards);
     parallel_for(pool, shards, [&](int64_t shard) {
       Buffers buffers = work_space(parts > 1);
+      sums.give(shard, buffers.options);
       for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
         if (shared) {
           buffers.key_sums = shared + unit * (key_sums_ + value_sums_);
@@ -155,6 +174,7 @@ class BackwardPass {
             store_key(unit, key, buffers.key_sums, buffers.value_sums);
       }
     });
+    sums.store(backward_);
     if (!shared) return;
     const int64_t rows = heads_ * p_.keys, row_shards = min_of(threads, rows);
     parallel_for(pool, row_shards, [&](int64_t shard) {
@@ -184,6 +204,8 @@ class BackwardPass {
     E *key_sums, *value_sums;          // [keys + kRowsPerTile][key_ld], [..][value_ld]
     Word<T>*key_copy, *value_copy, *key_panel_copy;
     typename MaskBlock<T>::Buffers mask;
+    E *dropout, *derivative, *plain;  // [kKeyBlock + kMaxTileRows][lanes], where needed
+    OptionGradients<E> options;
     WordRows keys, values;
     PanelRows<O> key_panel;
   };
@@ -221,6 +243,9 @@ class BackwardPass {
       if (panel_needs_copy<T>(p_.key.row, p_.head_dim))
         b.key_panel_copy = carver.take<Word<T>>(words_of<T>(p_.keys) * key_ld_);
       if (p_.mask.data) b.mask.carve(carver, kKeyBlock);
+      if (p_.dropout.active) b.dropout = carver.take<E>(kBlockNumbers);
+      if (scaling_.cap > 0) b.derivative = carver.take<E>(kBlockNumbers);
+      if (need_plain_) b.plain = carver.take<E>(kBlockNumbers);
     };
     Carver carver;
     carve(carver);
@@ -292,25 +317,29 @@ class BackwardPass {
       grad_rows = rows_as_panel(grads, block.rows, p_.value_dim, b.grad_copy);
     alignas(64) E lse[kMaxLanes<V>], delta[kMaxLanes<V>];
     read_row_terms(block, grads, lse, delta);
+    if (b.options.sinks) add_sink_gradients(block, lse, delta, b.options.sinks);
 
     bool started = false;
-    const int64_t step = key_block_size(block.last_visible, kKeyBlock);
-    for (int64_t key0 = 0; key0 < block.last_visible; key0 += step) {
-      const int64_t count = min_of(step, block.last_visible - key0);
+    const int64_t step = key_block_size(block.any_end - block.any_begin, kKeyBlock);
+    for (int64_t key0 = block.any_begin; key0 < block.any_end; key0 += step) {
+      const int64_t count = min_of(step, block.any_end - key0);
       MaskBlock<T> mask;
       if (p_.mask.data && !mask.read(p_.mask, block, key0, count, b.mask)) continue;
       alignas(64) E maximum[kMaxLanes<V>] = {};
-      score_block<T>(p_, b.keys, key0, count, block, b.query_panel, scaling_, mask, b.scores,
-                     maximum);
+      score_block<T>(p_, queries_, b.keys, key0, count, block, b.query_panel, scaling_, mask,
+                     b.scores, b.derivative, maximum);
+      if (p_.dropout.active) dropout_factors<V>(p_, block, key0, count, b.dropout);
       if (need_grad_scores_)
         keys_times_queries<O>(b.values, key0, count, block, b.grad_panel, words_of<O>(p_.value_dim),
                               [&](int64_t k, int j) {
                                 return StoreAccumulators<V>{b.grad_probs + k * lanes + j * V::W,
                                                             lanes};
                               });
-      probabilities_block<O>({b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_,
-                              b.probs, b.grad_scores, b.grad_score_words},
-                             key0, count, block);
+      probabilities_block<O>(
+          {b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_, b.dropout,
+           b.derivative, b.plain, b.probs, b.grad_scores, b.grad_score_words},
+          key0, count, block);
+      if (need_plain_) add_option_gradients(block, key0, count, b);
       if (backward_.grad_value.data)
         keys_from_queries<O>(b.probs, key0, count, block, grad_rows, p_.value_dim,
                              b.value_sums + key0 * value_ld_);
@@ -343,7 +372,7 @@ class BackwardPass {
       delta[row] = 0;
       if (row >= block.rows) continue;
       const int64_t head = block.head_of(row), position = block.position_of(row);
-      const int64_t at = (block.batch * p_.heads + head) * p_.queries + position;
+      const int64_t at = row_index(p_, block.batch, head, position);
       const E value = static_cast<const E*>(backward_.lse)[at];
       if (value == -infinity) continue;
       lse[row] = value * static_cast<E>(kLog2E);
@@ -364,6 +393,86 @@ class BackwardPass {
     }
   }
 
+  // d sink = -p_sink * delta, p_sink being the sink's share of the row.
+  void add_sink_gradients(const QueryBlock& block, const E* lse, const E* delta, E* sinks) const {
+    for (int row = 0; row < block.rows; ++row) {
+      const int64_t head = block.head_of(row);
+      const E sink = static_cast<const E*>(p_.sinks)[head] * static_cast<E>(kLog2E);
+      if (lse[row] == __builtin_inf() || sink == -__builtin_inf()) continue;
+      sinks[head] -= std::exp2(sink - lse[row]) * delta[row];
+    }
+  }
+
+  void add_option_gradients(const QueryBlock& block, int64_t key0, int64_t count,
+                            const Buffers& b) const {
+    const int64_t lanes = block.vecs * V::W;
+    if (b.options.slopes) {
+      for (int row = 0; row < block.rows; ++row) {
+        const int64_t position = p_.first_position + block.position_of(row) - key0;
+        E sum = 0;
+        for (int64_t k = 0; k < count; ++k)
+          sum +=
+              b.plain[k * lanes + row] * static_cast<E>(position < k ? k - position : position - k);
+        b.options.slopes[block.batch * p_.slopes_batch + block.head_of(row)] -= sum;
+      }
+    }
+    if (!b.options.mask) return;
+    for (int row = 0; row < block.rows; ++row) {
+      E* to = b.options.mask + block.batch * backward_.mask_batch +
+              block.head_of(row) * backward_.mask_head +
+              block.position_of(row) * backward_.mask_query + key0 * backward_.mask_key;
+      const E* from = b.plain + row;
+      if (backward_.mask_key == 0) {
+        for (int64_t k = 0; k < count; ++k) *to += from[k * lanes];
+      } else {
+        for (int64_t k = 0; k < count; ++k) to[k] += from[k * lanes];
+      }
+    }
+  }
+
+  // The sums of each shard for what all heads share: [shards][numbers], added up in order.
+  struct OptionSums {
+    int64_t shards, mask, slopes, sinks;
+    E* data;
+    bool own_mask;  // each element of the mask belongs to one query: written in place
+
+    void give(int64_t shard, OptionGradients<E>& to) const {
+      E* from = data + shard * (mask + slopes + sinks);
+      to.mask = own_mask ? in_place : mask ? from : nullptr;
+      to.slopes = slopes ? from + mask : nullptr;
+      to.sinks = sinks ? from + mask + slopes : nullptr;
+    }
+    void store(const AttentionBackward& p) const {
+      const int64_t each = mask + slopes + sinks;
+      const auto add = [&](void* to, int64_t offset, int64_t count) {
+        for (int64_t shard = 0; to && shard < shards; ++shard)
+          for (int64_t i = 0; i < count; ++i)
+            static_cast<E*>(to)[i] += data[shard * each + offset + i];
+      };
+      add(p.grad_mask, 0, mask);
+      add(p.grad_slopes, mask, slopes);
+      add(p.grad_sinks, mask + slopes, sinks);
+    }
+    E* in_place;
+  };
+  OptionSums option_sums(int64_t shards) const {
+    OptionSums s{};
+    s.shards = shards;
+    s.in_place = static_cast<E*>(backward_.grad_mask);
+    // A broadcast over keys alone still leaves every element to one query.
+    s.own_mask = backward_.grad_mask && (p_.batch == 1 || backward_.mask_batch) &&
+                 (p_.heads == 1 || backward_.mask_head) &&
+                 (p_.queries == 1 || backward_.mask_query);
+    if (backward_.grad_mask && !s.own_mask) s.mask = backward_.mask_numbers;
+    if (backward_.grad_slopes) s.slopes = backward_.slopes_numbers;
+    if (backward_.grad_sinks) s.sinks = p_.heads;
+    const int64_t bytes = shards * (s.mask + s.slopes + s.sinks) * static_cast<int64_t>(sizeof(E));
+    if (bytes == 0) return s;
+    s.data = static_cast<E*>(scratch_bytes(Scratch::kCall2, bytes));
+    std::memset(s.data, 0, bytes);
+    return s;
+  }
+
   void store_key(int64_t head, int64_t key, const E* key_sums, const E* value_sums) const {
     const int64_t batch = head / p_.kv_heads, kv_head = head % p_.kv_heads;
     if (backward_.grad_key.data)
@@ -381,14 +490,43 @@ class BackwardPass {
   const int64_t key_ld_, value_ld_;      // numbers from row to row of the sums
   const int64_t key_sums_, value_sums_;  // numbers of all rows
   const int64_t heads_, blocks_per_head_;
-  const bool need_grad_scores_;
+  const bool need_plain_, need_grad_scores_;
 };
+
+// The backward pass of sequence n of packed ones.
+AttentionBackward sequence_of(const AttentionBackward& p, int64_t n) {
+  if (!p.problem.query_offsets) return p;
+  const DType type = p.problem.dtype;
+  const int64_t row = p.problem.query_offsets[n], key = p.problem.key_offsets[n];
+  AttentionBackward s = p;
+  s.problem = sequence_of(p.problem, n);
+  s.grad_output = from_row(p.grad_output, row, type);
+  s.output = from_row(p.output, row, type);
+  s.grad_query = from_row(p.grad_query, row, type);
+  s.grad_key = from_row(p.grad_key, key, type);
+  s.grad_value = from_row(p.grad_value, key, type);
+  if (p.grad_slopes) {
+    const int64_t bytes = type == DType::kF64 ? 8 : 4;
+    s.grad_slopes = static_cast<char*>(p.grad_slopes) + n * p.problem.slopes_batch * bytes;
+    s.slopes_numbers = p.problem.heads;
+  }
+  return s;
+}
+
+template <class T>
+void run_backward(const AttentionBackward& p, const Parallel& pool) {
+  const int64_t sequences = p.problem.query_offsets ? p.problem.sequences : 1;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const AttentionBackward sequence = sequence_of(p, n);
+    BackwardPass<T>(sequence).run(pool);
+  }
+}
 
 }  // namespace
 
 void attention_backward(const AttentionBackward& p, const Parallel& pool) {
   with_type(p.problem.dtype,
-            [&](auto* type) { BackwardPass<std::remove_pointer_t<decltype(type)>>(p).run(pool); });
+            [&](auto* type) { run_backward<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
 }  // namespace fmk::FMK_ISA

@@ -122,35 +122,54 @@ FMK_NOINLINE void add_values(const Acc<T>* probs, int64_t lanes, const T* values
     FMK_FOR (j, NV) store(out + q * out_ld + j * V::W, sums[q][j]);
 }
 
+// Rows of one key head: side by side in memory, or in pages.
+template <class T>
+struct KeyRows {
+  const T* first;
+  int64_t row, page;     // numbers from row to row, and from page to page
+  const int32_t* pages;  // null: one run
+  int64_t page_size;
+
+  const T* at(int64_t key) const {
+    if (!pages) return first + key * row;
+    return first + pages[key / page_size] * page + key % page_size * row;
+  }
+  // Rows from `key` on, at most `count`, that lie side by side.
+  int64_t run(int64_t key, int64_t count) const {
+    return pages ? min_of(count, page_size - key % page_size) : count;
+  }
+};
+
+// What a share of a block's keys leaves to be merged with the others.
+template <class V>
+struct Partial {
+  using E = typename V::Elem;
+  E reference[kFewQueries], sum[kFewQueries];
+  bool started;
+};
+
 template <class T>
 class DecodePass {
   using V = Vec<T>;
   using E = Acc<T>;
 
  public:
-  explicit DecodePass(const AttentionForward& forward)
-      : p_(forward.problem),
-        forward_(forward),
+  struct Pages {
+    const int32_t* table;  // of this sequence; null: none
+    int64_t size;
+  };
+
+  DecodePass(const AttentionProblem& problem, const AttentionResult& output, void* lse,
+             const Pages& pages)
+      : p_(problem),
+        output_(output),
+        lse_(lse),
+        pages_(pages),
         queries_(Queries<V>::of(p_)),
         scaling_(Scaling<E>::of(p_)),
         query_ld_(whole_vectors<V>(p_.head_dim)),
         out_ld_(whole_vectors<V>(p_.value_dim)) {}
 
-  void run(const Parallel& pool) const {
-    const int64_t units = queries_.lists * queries_.blocks();
-    const double numbers = static_cast<double>(p_.head_dim + p_.value_dim) *
-                           static_cast<double>(p_.keys) * static_cast<double>(units);
-    // A core reads about as many numbers in 20 us.
-    const int64_t shards = numbers < 1e5 ? 1 : min_of<int64_t>(pool.threads, units);
-    parallel_for(pool, shards, [&](int64_t shard) {
-      const Buffers buffers = work_space();
-      const int64_t end = queries_.unit_at(shard + 1, shards);
-      for (int64_t unit = queries_.unit_at(shard, shards); unit < end; ++unit)
-        run_block(queries_.block(unit / queries_.blocks(), unit % queries_.blocks()), buffers);
-    });
-  }
-
- private:
   struct Buffers {
     E* queries;  // [kFewQueries][query_ld]
     E* scores;   // [kKeyBlock + kMaxTileRows][lanes]
@@ -176,35 +195,104 @@ class DecodePass {
     return b;
   }
 
-  void run_block(const QueryBlock& block, const Buffers& b) const {
+  int64_t units() const { return queries_.lists * queries_.blocks(); }
+  double cost() const { return static_cast<double>(queries_.block(0, 0).any_end + 16); }
+  double numbers_per_key() const { return static_cast<double>(p_.head_dim + p_.value_dim); }
+  int64_t partial_numbers() const { return kFewQueries * out_ld_; }
+
+  // Share `part` of `parts` of the keys of a unit; alone, it finishes the queries.
+  void run(int64_t unit, int64_t part, int64_t parts, const Buffers& b, Partial<V>* partial,
+           E* partial_out) const {
+    const QueryBlock block = block_of(unit);
+    Running<V> running;
+    running.start();
+    const int64_t keys = max_of<int64_t>(0, block.any_end - block.any_begin);
+    const auto first_key = [&](int64_t n) {
+      return n == parts ? block.any_end
+                        : block.any_begin + keys * n / parts / kKeyAlignment * kKeyAlignment;
+    };
+    const bool started = run_keys(block, first_key(part), first_key(part + 1), b, running);
+    if (parts == 1)
+      return finish_queries<T>(p_, output_, lse_, block, b.out, out_ld_, started, running);
+    partial->started = started;
+    std::memcpy(partial->reference, running.reference, sizeof partial->reference);
+    std::memcpy(partial->sum, running.sum, sizeof partial->sum);
+    if (started) std::memcpy(partial_out, b.out, partial_numbers() * sizeof(E));
+  }
+
+  // Merges the shares of a unit, in order, and finishes its queries.
+  void merge(int64_t unit, int64_t parts, const Partial<V>* partials, E* outs) const {
+    const QueryBlock block = block_of(unit);
+    Running<V> running;
+    running.start();
+    E* out = outs;
+    bool started = false;
+    for (int64_t part = 0; part < parts; ++part) {
+      const Partial<V>& share = partials[part];
+      const E* more = outs + part * partial_numbers();
+      if (!share.started) continue;
+      for (int row = 0; row < block.rows; ++row) {
+        const bool first = !started || running.sum[row] == 0;
+        const E reference = first                                           ? share.reference[row]
+                            : share.sum[row] == 0                           ? running.reference[row]
+                            : running.reference[row] > share.reference[row] ? running.reference[row]
+                                                                            : share.reference[row];
+        const E old = first ? E(0) : std::exp2(running.reference[row] - reference);
+        const E now = share.sum[row] == 0 ? E(0) : std::exp2(share.reference[row] - reference);
+        running.sum[row] = first ? share.sum[row] : running.sum[row] * old + share.sum[row] * now;
+        running.reference[row] = reference;
+        for (int64_t i = row * out_ld_; i < (row + 1) * out_ld_; ++i)
+          out[i] = first ? more[i] : out[i] * old + more[i] * now;
+      }
+      started = true;
+    }
+    finish_queries<T>(p_, output_, lse_, block, out, out_ld_, started, running);
+  }
+
+ private:
+  QueryBlock block_of(int64_t unit) const {
+    return queries_.block(unit / queries_.blocks(), unit % queries_.blocks());
+  }
+  KeyRows<T> rows(const AttentionOperand& x, const QueryBlock& block) const {
+    return {row_of<T>(x, pages_.table ? 0 : block.batch, block.kv_head, 0), x.row, x.batch,
+            pages_.table, pages_.size};
+  }
+
+  bool run_keys(const QueryBlock& block, int64_t first, int64_t last, const Buffers& b,
+                Running<V>& running) const {
     const int64_t lanes = block.vecs * V::W;
     std::memset(b.queries, 0, kFewQueries * query_ld_ * sizeof(E));
     for (int row = 0; row < block.rows; ++row)
       convert(row_of<T>(p_.query, block.batch, block.head_of(row), block.position_of(row)),
               b.queries + row * query_ld_, p_.head_dim);
-    Running<V> running;
-    running.start();
+    const KeyRows<T> keys = rows(p_.key, block), values = rows(p_.value, block);
     bool started = false;
-    const int64_t step = key_block_size(block.last_visible, kKeyBlock);
-    for (int64_t key0 = 0; key0 < block.last_visible; key0 += step) {
-      const int64_t count = min_of(step, block.last_visible - key0);
+    const int64_t step = key_block_size(last - first, kKeyBlock);
+    for (int64_t key0 = first; key0 < last; key0 += step) {
+      const int64_t count = min_of(step, last - key0);
       MaskBlock<T> mask;
       if (p_.mask.data && !mask.read(p_.mask, block, key0, count, b.mask)) continue;
-      const T* keys = row_of<T>(p_.key, block.batch, block.kv_head, key0);
-      for (int row = 0; row < block.rows; row += kQueriesPerTile)
-        score_rows(block.rows - row, keys, count, b.queries + row * query_ld_, b.scores + row,
-                   lanes);
-      finish_scores<T>(p_, key0, 0, count, block, scaling_, mask, b.scores, running.maximum);
-      const bool decays = softmax_block<E>(b.scores, key0, count, block, scaling_.unit, running);
+      for (int64_t k = 0; k < count;) {
+        const int64_t run = keys.run(key0 + k, count - k);
+        for (int row = 0; row < block.rows; row += kQueriesPerTile)
+          score_rows(block.rows - row, keys.at(key0 + k), run, b.queries + row * query_ld_,
+                     b.scores + k * lanes + row, lanes);
+        k += run;
+      }
+      finish_scores<T>(p_, queries_, key0, 0, count, block, scaling_, mask, b.scores, nullptr,
+                       running.maximum);
+      const bool decays =
+          softmax_block<E>(b.scores, key0, count, block, scaling_.unit, nullptr, running);
       if (decays && started) decay_output(block, running, b.out, out_ld_);
-      for (int64_t k = 0; k < count; k += kValueRows) {
-        const T* values = row_of<T>(p_.value, block.batch, block.kv_head, key0 + k);
-        add_rows(block.rows, b.scores + k * lanes, lanes, values, min_of(kValueRows, count - k),
+      for (int64_t k = 0; k < count;) {
+        const int64_t run = values.run(key0 + k, min_of(kValueRows, count - k));
+        add_rows(block.rows, b.scores + k * lanes, lanes, values.at(key0 + k), run,
                  started || k > 0, b.out);
+        k += run;
       }
       started = true;
     }
-    finish_queries<T>(forward_, block, b.out, out_ld_, started, running);
+    return started;
   }
 
   // One tile of queries, the first of `rows`.
@@ -259,22 +347,155 @@ class DecodePass {
     }
   }
 
-  const AttentionProblem& p_;
-  const AttentionForward& forward_;
+  const AttentionProblem p_;
+  const AttentionResult output_;
+  void* lse_;
+  const Pages pages_;
   const Queries<V> queries_;
   const Scaling<E> scaling_;
   const int64_t query_ld_, out_ld_;  // numbers from row to row
 };
 
+// Sequence b of a cache, as a problem of its own; its pages stay where they are.
+AttentionProblem sequence_of(const AttentionCached& p, int64_t b) {
+  AttentionProblem s = p.problem;
+  const int64_t size = size_of(s.dtype);
+  const auto from = [&](const AttentionOperand& x, int64_t numbers) {
+    return AttentionOperand{static_cast<const char*>(x.data) + numbers * size, x.batch, x.head,
+                            x.row};
+  };
+  s.batch = 1;
+  s.keys = p.lengths[b];
+  s.first_position = s.keys - s.queries;
+  s.first_row = b * s.row_batch;
+  s.query = from(s.query, b * s.query.batch);
+  if (!p.pages) {
+    s.key = from(s.key, b * s.key.batch);
+    s.value = from(s.value, b * s.value.batch);
+  }
+  if (s.slopes) {
+    const int64_t bytes = s.dtype == DType::kF64 ? 8 : 4;
+    s.slopes = static_cast<const char*>(s.slopes) + b * s.slopes_batch * bytes;
+  }
+  return s;
+}
+AttentionResult from_sequence(const AttentionResult& x, int64_t b, DType type) {
+  return {static_cast<char*>(x.data) + b * x.batch * size_of(type), x.batch, x.head, x.row};
+}
+
+// make(n) is the pass of sequence n, all of which have equally many units.
+template <class T, class Make>
+void run_decoding(int64_t sequences, const Make& make, const Parallel& pool) {
+  using V = Vec<T>;
+  using Pass = DecodePass<T>;
+  if (sequences == 0) return;
+  const Pass model = make(0);
+  const int64_t per_sequence = model.units(), units = sequences * per_sequence;
+  if (units == 0) return;
+  double total = 0;
+  for (int64_t n = 0; n < sequences; ++n) total += make(n).cost();
+  const double numbers = total * static_cast<double>(per_sequence) * model.numbers_per_key();
+  // A core reads about as many numbers in 20 us.
+  const int64_t threads = numbers < 1e5 ? 1 : pool.threads;
+  // Where units do not fill the threads evenly, each one's keys are shared out as well.
+  int64_t parts = 1;
+  while (units * parts < 4 * threads && units * parts % threads != 0) ++parts;
+  const int64_t stride = model.partial_numbers();
+  Partial<V>* partials = nullptr;
+  Acc<T>* outs = nullptr;
+  if (parts > 1) {
+    partials =
+        static_cast<Partial<V>*>(scratch_bytes(Scratch::kCall, units * parts * sizeof(Partial<V>)));
+    outs = static_cast<Acc<T>*>(
+        scratch_bytes(Scratch::kCall2, units * parts * stride * sizeof(Acc<T>)));
+  }
+  const int64_t shards = min_of(threads, units * parts);
+  parallel_for(pool, shards, [&](int64_t shard) {
+    const auto buffers = model.work_space();
+    // Items are (sequence, unit, part); shares of equal cost, each ending within half an item.
+    const double share = total * static_cast<double>(per_sequence * parts);
+    const double begin = share * static_cast<double>(shard) / static_cast<double>(shards);
+    const double end = share * static_cast<double>(shard + 1) / static_cast<double>(shards);
+    double done = 0;
+    for (int64_t n = 0; n < sequences; ++n) {
+      const Pass pass = make(n);
+      const double cost = pass.cost();
+      for (int64_t item = 0; item < per_sequence * parts; ++item) {
+        const double middle = done + cost / 2;
+        done += cost;
+        const bool mine = middle >= begin && (middle < end || shard + 1 == shards);
+        if (!mine) continue;
+        const int64_t unit = item / parts, part = item % parts;
+        const int64_t at = (n * per_sequence + unit) * parts + part;
+        pass.run(unit, part, parts, buffers, partials ? partials + at : nullptr,
+                 outs ? outs + at * stride : nullptr);
+      }
+    }
+  });
+  if (parts == 1) return;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const Pass pass = make(n);
+    for (int64_t unit = 0; unit < per_sequence; ++unit) {
+      const int64_t at = (n * per_sequence + unit) * parts;
+      pass.merge(unit, parts, partials + at, outs + at * stride);
+    }
+  }
+}
+
+// A sequence's keys or values out of their pages: [head][key][width], side by side.
+template <class T>
+AttentionOperand gather_pages(const AttentionCached& p, int64_t b, const AttentionOperand& x,
+                              int64_t width, Scratch slot) {
+  const int64_t heads = p.problem.kv_heads, keys = p.lengths[b];
+  T* to = static_cast<T*>(scratch_bytes(slot, heads * keys * width * sizeof(T)));
+  const int32_t* pages = p.pages + b * p.pages_per_sequence;
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t key = 0; key < keys; ++key)
+      std::memcpy(static_cast<void*>(to + (head * keys + key) * width),
+                  row_of<T>(x, pages[key / p.page_size], head, key % p.page_size),
+                  width * sizeof(T));
+  return {to, 0, keys * width, width};
+}
+
+template <class T>
+void run_cached(const AttentionCached& p, const Parallel& pool) {
+  if (attention_is_decoding(p.problem)) {
+    const auto make = [&](int64_t b) {
+      const int32_t* table = p.pages ? p.pages + b * p.pages_per_sequence : nullptr;
+      return DecodePass<T>(sequence_of(p, b), from_sequence(p.output, b, p.problem.dtype), p.lse,
+                           {table, p.page_size});
+    };
+    return run_decoding<T>(p.problem.batch, make, pool);
+  }
+  for (int64_t b = 0; b < p.problem.batch; ++b) {
+    AttentionForward forward{sequence_of(p, b), from_sequence(p.output, b, p.problem.dtype), p.lse};
+    if (p.pages) {
+      const int64_t width = p.problem.head_dim, value_width = p.problem.value_dim;
+      forward.problem.key = gather_pages<T>(p, b, p.problem.key, width, Scratch::kCall);
+      forward.problem.value = gather_pages<T>(p, b, p.problem.value, value_width, Scratch::kCall2);
+    }
+    attention_kernels().forward(forward, pool);
+  }
+}
+
 }  // namespace
 
 bool attention_is_decoding(const AttentionProblem& p) {
-  return p.kv_heads > 0 && p.heads / p.kv_heads * p.queries <= kFewQueries;
+  return p.kv_heads > 0 && p.heads / p.kv_heads * p.queries <= kFewQueries && !p.query_offsets &&
+         !p.dropout.active;
 }
 
 void attention_decode(const AttentionForward& p, const Parallel& pool) {
+  with_type(p.problem.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    run_decoding<T>(
+        1, [&](int64_t) { return DecodePass<T>(p.problem, p.output, p.lse, {nullptr, 0}); }, pool);
+  });
+}
+
+void attention_cached(const AttentionCached& p, const Parallel& pool) {
   with_type(p.problem.dtype,
-            [&](auto* type) { DecodePass<std::remove_pointer_t<decltype(type)>>(p).run(pool); });
+            [&](auto* type) { run_cached<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
 }  // namespace fmk::FMK_ISA

@@ -3,7 +3,7 @@
 // when a larger one appears.
 #pragma once
 
-#include "cpu/attention_blocks.h"
+#include "cpu/attention_scores.h"
 
 namespace fmk::FMK_ISA {
 
@@ -63,10 +63,12 @@ struct alignas(64) Running {
 };
 
 // Turns the scores of a block into probabilities, up to the final division, in place: words
-// [words_of(count)][lanes]. Returns whether some decay differs from 1.
+// [words_of(count)][lanes]. `dropout`: factors of the probabilities, not of their sum; or null.
+// Returns whether some decay differs from 1.
 template <class O>
 FMK_NOINLINE bool softmax_block(Acc<O>* scores, int64_t key0, int64_t count,
-                                const QueryBlock& block, Acc<O> unit, Running<Vec<O>>& running) {
+                                const QueryBlock& block, Acc<O> unit, const Acc<O>* dropout,
+                                Running<Vec<O>>& running) {
   using V = Vec<O>;
   using E = Acc<O>;
   constexpr int kPair = Mac<O>::kPair;
@@ -78,8 +80,7 @@ FMK_NOINLINE bool softmax_block(Acc<O>* scores, int64_t key0, int64_t count,
     const int column = j * V::W;
     // Keys that some query of this vector may see.
     int64_t end = count;
-    if (block.ordered)
-      end = max_of<int64_t>(0, min_of(count, block.position + column + V::W - key0));
+    if (block.ordered) end = max_of<int64_t>(0, min_of(count, block.edge + column + V::W - key0));
     const V largest = load(running.maximum + column), before = load(running.finished + column);
     // While a query has seen no key, its maximum is -inf, and 0 serves as reference: -inf less -inf
     // is NaN.
@@ -93,16 +94,22 @@ FMK_NOINLINE bool softmax_block(Acc<O>* scores, int64_t key0, int64_t count,
     Word<O>* to = words + column;
     int64_t k = 0;
     for (; k + 2 <= end; k += 2, from += 2 * lanes, to += 2 / kPair * lanes) {
-      const V even = softmax_exp2<O>(fma(load(from), scale, offset));
-      const V odd = softmax_exp2<O>(fma(load(from + lanes), scale, offset));
+      V even = softmax_exp2<O>(fma(load(from), scale, offset));
+      V odd = softmax_exp2<O>(fma(load(from + lanes), scale, offset));
       sum = sum + even;
       sum_odd = sum_odd + odd;
+      if (dropout) {
+        const E* factors = dropout + k * lanes + column;
+        even = even * load(factors);
+        odd = odd * load(factors + lanes);
+      }
       store_words(to, even, odd);
       if constexpr (kPair == 1) store_words(to + lanes, odd, odd);
     }
     if (k < end) {
-      const V last = softmax_exp2<O>(fma(load(from), scale, offset));
+      V last = softmax_exp2<O>(fma(load(from), scale, offset));
       sum = sum + last;
+      if (dropout) last = last * load(dropout + k * lanes + column);
       store_words(to, last, zero<V>());
     }
     // A tile of P V whose last query lies in a later vector reads on.
@@ -129,26 +136,56 @@ FMK_INLINE void decay_output(const QueryBlock& block, const Running<V>& running,
   }
 }
 
+// Adds the sink to the softmax of each row: another logit in the denominator. Its value may be
+// larger than the reference, which then moves; `decay` is what that scales the output by.
+template <class V>
+FMK_NOINLINE void add_sinks(const AttentionProblem& p, const QueryBlock& block,
+                            Running<V>& running) {
+  using E = typename V::Elem;
+  for (int row = 0; row < block.rows; ++row) {
+    const E sink = static_cast<const E*>(p.sinks)[block.head_of(row)] * static_cast<E>(kLog2E);
+    E& sum = running.sum[row];
+    E& reference = running.reference[row];
+    running.decay[row] = 1;
+    if (sink == -__builtin_inf()) continue;
+    if (sum == 0) {
+      reference = sink;
+      sum = 1;
+    } else if (sink > reference) {
+      running.decay[row] = std::exp2(reference - sink);
+      sum = sum * running.decay[row] + 1;
+      reference = sink;
+    } else {
+      sum += std::exp2(sink - reference);
+    }
+  }
+}
+
 // Divides out[rows][ld] by the sums, rounds, and stores output and lse. `started`: whether any
 // block of keys was taken. Uses up `running`.
 template <class T>
-FMK_NOINLINE void finish_queries(const AttentionForward& p, const QueryBlock& block,
-                                 const Acc<T>* out, int64_t ld, bool started,
-                                 Running<Vec<T>>& running) {
+FMK_NOINLINE void finish_queries(const AttentionProblem& p, const AttentionResult& output,
+                                 void* lse_out, const QueryBlock& block, const Acc<T>* out,
+                                 int64_t ld, bool started, Running<Vec<T>>& running) {
+  using V = Vec<T>;
   using E = Acc<T>;
+  alignas(64) E factor[kMaxLanes<V>];
+  for (int row = 0; row < block.rows; ++row) running.decay[row] = 1;
+  if (p.sinks) add_sinks<V>(p, block, running);
+  for (int row = 0; row < block.rows; ++row) factor[row] = running.decay[row] / running.sum[row];
   E* lse = running.decay;
   std::memcpy(lse, running.sum, sizeof running.sum);
-  log_lanes(lse, block.vecs * Vec<T>::W);
+  log_lanes(lse, block.vecs * V::W);
   for (int row = 0; row < block.rows; ++row) {
     const int64_t head = block.head_of(row), position = block.position_of(row);
-    T* to = row_of<T>(p.output, block.batch, head, position);
-    // The largest score contributes 1, so a sum of 0 means that no key was seen.
-    const bool empty = !started || running.sum[row] == 0;
-    if (empty)
-      std::memset(static_cast<void*>(to), 0, p.problem.value_dim * sizeof(T));
+    T* to = row_of<T>(output, block.batch, head, position);
+    // The largest score contributes 1, so a sum of 0 means that nothing was seen.
+    const bool empty = running.sum[row] == 0;
+    if (empty || !started)
+      std::memset(static_cast<void*>(to), 0, p.value_dim * sizeof(T));
     else
-      store_row(out + row * ld, E(1) / running.sum[row], p.problem.value_dim, to);
-    static_cast<E*>(p.lse)[(block.batch * p.problem.heads + head) * p.problem.queries + position] =
+      store_row(out + row * ld, factor[row], p.value_dim, to);
+    static_cast<E*>(lse_out)[row_index(p, block.batch, head, position)] =
         empty ? E(-__builtin_inf()) : running.reference[row] * static_cast<E>(kLn2) + lse[row];
   }
 }

@@ -25,24 +25,11 @@ def _cpu_supports(query: Tensor, options: Options) -> Support:
     if not support.ok:
         return support
     mask = options.attn_mask
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return Support(
-            False, f"adds masks of the query's dtype only ({query.dtype}), got {mask.dtype}"
+            False,
+            f"adds masks of float32 or the query's dtype ({query.dtype}) only, got {mask.dtype}",
         )
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        return Support(False, "has no gradient for attn_mask")
-    if options.dropout_p > 0.0:
-        return Support(False, "has no dropout on the attention weights")
-    named = {
-        "alibi_slopes": options.alibi_slopes is not None,
-        "sinks": options.sinks is not None,
-        "packed sequences": options.cu_seqlens_q is not None,
-        "softcap": options.softcap > 0.0,
-        "window": options.window_left >= 0 or options.window_right > 0,
-    }
-    for name, given in named.items():
-        if given:
-            return Support(False, f"has no {name}")
     return SUPPORTED
 
 
