@@ -26,34 +26,44 @@ struct MaskBlock {
     }
   };
 
-  template <class Number>
-  static bool expand_numbers(const Number* from, int64_t stride, int64_t count, E* to) {
-    const E hidden = -__builtin_inf(), unit = static_cast<E>(kLog2E);
+  // to[k] = value(k) for k < count; false if all of them hide their key.
+  template <class Value>
+  FMK_INLINE bool expand_values(const Value& value, int64_t count, E* to) {
+    const E hidden = -__builtin_inf();
     bool any = false;
     for (int64_t k = 0; k < count; ++k) {
-      to[k] = static_cast<E>(widen(from[k * stride])) * unit;
+      to[k] = value(k);
       any |= to[k] != hidden;
     }
     return any;
   }
+  template <class Number>
+  FMK_INLINE bool expand_numbers(const Number* from, int64_t stride, int64_t count, E* to) {
+    const E unit = static_cast<E>(kLog2E);
+    if (stride != 1)
+      return expand_values([&](int64_t k) { return static_cast<E>(widen(from[k * stride])) * unit; },
+                           count, to);
+    if constexpr (std::is_same_v<Number, float> && std::is_same_v<E, double>) {
+      for (int64_t k = 0; k < count; ++k) to[k] = from[k];
+    } else {
+      convert(from, to, count);
+    }
+    return expand_values([&](int64_t k) { return to[k] * unit; }, count, to);
+  }
 
   // One query's values for `count` keys; false if all of them are hidden.
   static bool expand(const AttentionMask& mask, int64_t offset, int64_t count, E* to) {
+    using Kind = AttentionMask::Kind;
+    if (mask.kind == Kind::kFloat)
+      return expand_numbers(static_cast<const float*>(mask.data) + offset, mask.key, count, to);
+    if (mask.kind == Kind::kStorage)
+      return expand_numbers(static_cast<const T*>(mask.data) + offset, mask.key, count, to);
     const E hidden = -__builtin_inf();
-    bool any = false;
-    if (mask.kind == AttentionMask::Kind::kBytes) {
-      const auto* from = static_cast<const uint8_t*>(mask.data) + offset;
-      for (int64_t k = 0; k < count; ++k) {
-        const bool seen = from[k * mask.key] != 0;
-        to[k] = seen ? E(0) : hidden;
-        any |= seen;
-      }
-    } else if (mask.kind == AttentionMask::Kind::kFloat) {
-      any = expand_numbers(static_cast<const float*>(mask.data) + offset, mask.key, count, to);
-    } else {
-      any = expand_numbers(static_cast<const T*>(mask.data) + offset, mask.key, count, to);
-    }
-    return any;
+    const auto* from = static_cast<const uint8_t*>(mask.data) + offset;
+    // The branch on the stride lets the compiler vectorise the common case.
+    if (mask.key == 1)
+      return expand_values([&](int64_t k) { return from[k] ? E(0) : hidden; }, count, to);
+    return expand_values([&](int64_t k) { return from[k * mask.key] ? E(0) : hidden; }, count, to);
   }
 
   // Reads the mask for keys [key0, key0 + count); false if every score of the block is hidden.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmkernels import functional
+from fmkernels._attention_oracle import attend
 from fmkernels.ops import _activations
 from fmkernels.testing import torch_activation
 
@@ -463,3 +464,57 @@ def attention_cases() -> Iterator[Case]:
     yield _sdpa("decode 2x8/2x1x64 of 77 keys", (2, 8, 1, 64), 77, kv_heads=2)
     for mask in ("float", "bool", "padding", "empty rows"):
         yield _sdpa(f"{mask} mask 2x3x18x16 of 29 keys", (2, 3, 18, 16), 29, mask=mask)
+    yield _sdpa_options("window, softcap, ALiBi, sinks", window=(9, 4), softcap=2.0)
+    yield _sdpa_options("causal window, softcap, ALiBi, sinks", window=(6, 0), softcap=2.0)
+    yield _sdpa_options("gradient of a mask, ALiBi, sinks", mask=True)
+    yield _varlen("packed sequences of 5, 1, 40 and 17", (5, 1, 40, 17))
+
+
+def _sdpa_options(name: str, mask: bool = False, **options) -> Case:
+    def make(generator: torch.Generator) -> Named:
+        draw = partial(_normal, generator)
+        inputs = {
+            "query": draw(2, 4, 33, 24),
+            "key": draw(2, 2, 45, 24),
+            "value": draw(2, 2, 45, 16),
+            "alibi_slopes": draw(4, scale=0.1),
+            "sinks": draw(4),
+        }
+        if mask:
+            inputs["attn_mask"] = draw(2, 1, 33, 45)
+        return inputs
+
+    return Case(
+        "attention",
+        "sdpa",
+        f"{name} 2x4/2x33x24",
+        make,
+        lambda x, backend: functional.scaled_dot_product_attention(
+            **x, **options, enable_gqa=True, backend=backend
+        ),
+        lambda x: attend(**x, **options),
+    )
+
+
+def _varlen(name: str, lengths: tuple[int, ...]) -> Case:
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def make(generator: torch.Generator) -> Named:
+        draw = partial(_normal, generator)
+        return {key: draw(sum(lengths), 3, 16) for key in ("query", "key", "value")}
+
+    def one_by_one(x: Named) -> torch.Tensor:
+        parts = [[t.transpose(0, 1)[None] for t in x[key].split(lengths)] for key in x]
+        outputs = [attend(*tensors, is_causal=True) for tensors in zip(*parts, strict=True)]
+        return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+    return Case(
+        "attention",
+        "varlen",
+        name,
+        make,
+        lambda x, backend: functional.varlen_attention(
+            x["query"], x["key"], x["value"], offsets, is_causal=True, backend=backend
+        ),
+        one_by_one,
+    )

@@ -239,6 +239,32 @@ def _sdpa(
     return module, (query, key, value, mask[:, None, None, :])
 
 
+class Windowed(Attention):
+    """Causal attention to the last ``width`` keys: in PyTorch, a mask."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__(nn.functional.scaled_dot_product_attention)
+        self.width = width
+        position = torch.arange(length)
+        distance = position[:, None] - position
+        self.register_buffer("mask", (distance >= 0) & (distance < width))
+
+    def forward(self, query, key, value):
+        return self.attend(query, key, value, attn_mask=self.mask)
+
+
+def _windowed(
+    batch: int, heads: int, length: int, width: int, window: int
+) -> tuple[nn.Module, Inputs]:
+    tensors = tuple(torch.randn(batch, heads, length, width) for _ in range(3))
+    return Windowed(length, window), tensors
+
+
+def _with_our_window(module: Windowed) -> Attention:
+    window = (module.width - 1, 0)
+    return Attention(functional.scaled_dot_product_attention, window=window)
+
+
 def _encoder_layer(batch: int, length: int, width: int) -> tuple[nn.Module, Inputs]:
     layer = nn.TransformerEncoderLayer(
         width, width // 64, 4 * width, dropout=0.0, batch_first=True
@@ -395,16 +421,40 @@ WORKLOADS: tuple[Workload, ...] = (
         )
     ),
     sdpa("sdpa 4x8x512x64", build=partial(_sdpa, 4, 8, 512, 64), quick=True),
-    sdpa(
-        "sdpa causal 1x12x1024x64",
-        build=partial(_sdpa, 1, 12, 1024, 64, is_causal=True),
-        flops_share=0.5,
+    *(
+        sdpa(
+            f"sdpa {'causal ' if causal else ''}{batch}x{heads}x{length}x{width}",
+            build=partial(_sdpa, batch, heads, length, width, is_causal=causal),
+            flops_share=0.5 if causal else 1.0,
+        )
+        for batch, heads, length, width in (
+            (4, 12, 96, 64),
+            (1, 12, 1024, 64),
+            (1, 4, 2048, 64),
+            (1, 2, 4096, 64),
+            (4, 12, 96, 128),
+            (2, 8, 512, 128),
+            (1, 8, 1024, 128),
+            (1, 2, 2048, 128),
+            (1, 1, 4096, 128),
+        )
+        for causal in (False, True)
     ),
     sdpa("sdpa padding mask 4x8x512x64", build=partial(_sdpa, 4, 8, 512, 64, padded=True)),
     sdpa(
-        "sdpa decode 8x32/8x1x128 of 2048 keys",
-        build=partial(_sdpa, 8, 32, 1, 128, keys=2048, kv_heads=8),
-        modes=("inference",),
+        "sdpa window 256 1x8x4096x64",
+        build=partial(_windowed, 1, 8, 4096, 64, 256),
+        # Eager computes every score; what has to be done is the band.
+        flops_share=(256 * 4096 - 256 * 255 / 2) / 4096**2,
+        substitute=_with_our_window,
+    ),
+    *(
+        sdpa(
+            f"sdpa decode 8x32/8x1x128 of {keys} keys",
+            build=partial(_sdpa, 8, 32, 1, 128, keys=keys, kv_heads=8),
+            modes=("inference",),
+        )
+        for keys in (2048, 4096, 8192)
     ),
     attention(
         "encoder layer 8x128x512",
