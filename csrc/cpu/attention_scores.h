@@ -41,8 +41,8 @@ struct MaskBlock {
   FMK_INLINE bool expand_numbers(const Number* from, int64_t stride, int64_t count, E* to) {
     const E unit = static_cast<E>(kLog2E);
     if (stride != 1)
-      return expand_values([&](int64_t k) { return static_cast<E>(widen(from[k * stride])) * unit; },
-                           count, to);
+      return expand_values(
+          [&](int64_t k) { return static_cast<E>(widen(from[k * stride])) * unit; }, count, to);
     if constexpr (std::is_same_v<Number, float> && std::is_same_v<E, double>) {
       for (int64_t k = 0; k < count; ++k) to[k] = from[k];
     } else {
