@@ -32,6 +32,10 @@ KERNELS = (
     Kernel("conv_depthwise_bwd_kernel", DEPTHWISE_CONFIGS),
     Kernel("conv_bwd_epilogue_kernel", ROW_CONFIGS),
     Kernel("pool_fwd_kernel", ROW_CONFIGS),
+    Kernel("channel_norm_stats_kernel", ROW_CONFIGS),
+    Kernel("channel_norm_fwd_kernel", ROW_CONFIGS),
+    Kernel("channel_norm_bwd_sums_kernel", ROW_CONFIGS),
+    Kernel("channel_norm_bwd_kernel", ROW_CONFIGS),
 )
 
 
@@ -91,6 +95,25 @@ def _max_pool(shape: tuple[int, ...]) -> Callable[[torch.dtype], None]:
     return call
 
 
+def _norm(
+    shape: tuple[int, ...], groups: int, residual: bool = False
+) -> Callable[[torch.dtype], None]:
+    """Norm, residual, relu and 2x2 max-pool, forward and backward with every gradient."""
+
+    def call(dtype: torch.dtype) -> None:
+        image = new_image(torch.empty(0, dtype=dtype, device="meta"), shape, True)
+        opmath = torch.float64 if dtype is torch.float64 else torch.float32
+        weight = torch.empty(shape[1], dtype=opmath, device="meta")
+        options = (groups, 1e-5, "relu", "max", (2, 2, 2, 2, 0, 0))
+        inputs = (image, weight, weight, image if residual else None)
+        output, *kept = kernels.channel_norm_forward(*inputs, *options, True)
+        kernels.channel_norm_backward(
+            torch.empty_like(output), *inputs, *kept, *options, True, True, True, residual
+        )
+
+    return call
+
+
 _BLOCK = (32, 64, 56, 56)
 _POOL = {"activation": "relu", "pool": "max", "window": (2, 2, 2, 2, 0, 0)}
 _BF16 = ("bf16",)
@@ -129,6 +152,8 @@ CASES = (
         dtypes=_BF16,
     ),
     Case("pool_3x3", _max_pool(_BLOCK), dtypes=("bf16", "fp32")),
+    Case("batch_norm", _norm(_BLOCK, 0), dtypes=("bf16", "fp32")),
+    Case("group_norm", _norm(_BLOCK, 8, residual=True), dtypes=_BF16),
     Case("fp64", _conv((4, 64, 28, 28), 64, 3, activation="gelu"), dtypes=("fp64",)),
     Case("contiguous", _conv(_BLOCK, 128, 3, channels_last=False), dtypes=_BF16, aligned=False),
     Case(

@@ -74,6 +74,10 @@ def _triton_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -
     return SUPPORTED
 
 
+def _triton_supports_norm(input: Tensor) -> Support:
+    return SUPPORTED
+
+
 def _triton_supports_avg_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
     return SUPPORTED
 
@@ -153,6 +157,9 @@ NORM = {
         supports=_cpu_supports_norm,
         forward=_ops.channel_norm_forward.default,
         backward=_ops.channel_norm_backward.default,
+    ),
+    "triton": triton_backend(
+        _TRITON, _triton_supports_norm, "channel_norm_forward", "channel_norm_backward"
     ),
     "reference": Backend(
         supports=_reference_supports,

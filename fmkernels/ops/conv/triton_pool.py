@@ -158,7 +158,7 @@ def conv_bwd_epilogue_kernel(
         if POOL is None:
             grad = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
         else:
-            grad = _unpooled(
+            grad = unpooled(
                 dy_ptr, argmax_ptr, n, d, h, w, c, mask, C, XD, XH, XW, YD, YH, YW, PD, PH, PW,
                 divisor, KERNEL, STRIDE, DILATION, POOL, COUNT_PADDING, CHANNELS_LAST,
                 ACC, BLOCK_M, BLOCK_N,
@@ -188,7 +188,7 @@ def conv_bwd_epilogue_kernel(
 
 
 @triton.jit
-def _unpooled(
+def unpooled(
     dy_ptr, argmax_ptr, n, d, h, w, c, mask, C, XD, XH, XW, YD, YH, YW, PD, PH, PW, divisor,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
