@@ -1,7 +1,6 @@
 """The recurrent family's Triton kernels in Triton's interpreter.
 
-Beside what the family's own tests run on every backend: both plans for the same layer, memory
-around the operands, launches.
+Beside what the family's own tests run on every backend: both plans for the same layer, launches.
 """
 
 from __future__ import annotations
@@ -204,6 +203,8 @@ def test_relu(plan, plan_of):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lstm_variants(variant, plan, dtype, plan_of):
     options = VARIANTS[variant]
+    if dtype is torch.float16 and variant not in ("plain", "everything", "zoneout_masks"):
+        pytest.skip("float32 runs it")
     if plan == "steps" and (options.get("layer_norm") or options.get("projected")):
         pytest.skip("the kernels of one step have neither layer norm nor projection")
     plan_of(plan)
@@ -228,42 +229,3 @@ def test_one_launch_over_the_sequence(kind):
     with observed_launches() as seen:
         Layer(kind, torch.float32).results(kernels)
     assert len(seen) == 2
-
-
-GUARD = 256
-
-
-@plans
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
-def test_nothing_outside_the_tensors_is_touched(kind, plan, plan_of, monkeypatch):
-    plan_of(plan)
-    options = {"lengths": [4, 1, 2], "hidden": 20, "cells": True}
-    if kind == "lstm":
-        options |= {"peephole": True, "zone_masks": True, "recurrent_mask": True, "zoneout": 0.1}
-    layer = Layer(kind, torch.float32, **options)
-    wanted = layer.results(kernels)
-    buffers = []
-    empty = torch.Tensor.new_empty
-
-    def new_empty(self, *shape, dtype=None, **options):
-        shape = torch.Size(
-            shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        )
-        buffer = empty(self, shape.numel() + 2 * GUARD, dtype=dtype or self.dtype).fill_(7)
-        buffers.append(buffer)
-        return buffer[GUARD : GUARD + shape.numel()].view(shape)
-
-    def amid_nan(tensor):
-        fill = float("nan") if tensor.is_floating_point() else 0
-        buffer = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype)
-        return buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda tensor, **options: new_empty(tensor, tensor.shape)
-    )
-    found = layer.map(amid_nan).results(kernels)
-    for buffer in buffers:
-        assert (buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name

@@ -9,22 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import triton
+
 from fmkernels.ops._triton.launch import Config, Table, config
 
-_SIZES = (16, 32, 64, 128, 256)
+# The padded hidden sizes of operands of 2 and of 4 bytes.
+_SIZES = {2: (16, 32, 64, 128, 256), 4: (32, 64)}
 
 
-def sequence_case(element_size: int, width: int) -> str:
-    """The operands' width in bits and the padded hidden size: ``"16-64"``."""
-    return f"{8 * element_size}-{width}"
+def padded_size(element_size: int, features: int) -> int:
+    return max(_SIZES[element_size][0], triton.next_power_of_2(features))
 
 
-def _sequence(sixteen: tuple[int, ...], thirty_two: tuple[int, ...]) -> dict[str, Config]:
-    """num_warps of the padded hidden sizes from 16 on, as far as the weights fit."""
+def sequence_case(element_size: int, size: int, layer_norm: bool = False) -> str:
+    """The operands' width in bits and the padded hidden size: ``"16-64"``, ``"16-64-norm"``."""
+    return f"{8 * element_size}-{size}" + ("-norm" if layer_norm else "")
+
+
+def _sequence(
+    two: tuple[int, ...], four: tuple[int, ...], norm: tuple[int, ...] = ()
+) -> dict[str, Config]:
+    """num_warps of the sizes, as far as the weights fit; norm: of two bytes with layer norm."""
+    cases = [(2, two, False), (4, four, False)]
+    if norm:
+        cases += [(2, norm, True), (4, four, True)]
     return {
-        sequence_case(bytes_, size): config(warps, 1, BLOCK_B=16)
-        for bytes_, counts in ((2, sixteen), (4, thirty_two))
-        for size, warps in zip(_SIZES, counts, strict=False)
+        sequence_case(element_size, size, is_norm): config(warps, 1, BLOCK_B=16)
+        for element_size, counts, is_norm in cases
+        for size, warps in zip(_SIZES[element_size], counts, strict=False)
     }
 
 
@@ -32,25 +44,25 @@ def _sequence(sixteen: tuple[int, ...], thirty_two: tuple[int, ...]) -> dict[str
 # and shared memory do not hold the weights, and a launch per step serves.
 SEQUENCE: Mapping[str, Table] = {
     "lstm": {
-        "sm_80": _sequence((4, 4, 8, 8), (4, 4, 8)),
-        "sm_90": _sequence((4, 4, 8, 8), (4, 4, 8)),
-        "sm_100": _sequence((4, 4, 8, 8), (4, 4, 8)),
-        "gfx942": _sequence((4, 4, 4), (4, 4)),
-        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+        "sm_80": _sequence((4, 4, 8, 8), (4, 8), norm=(4, 4, 8, 8)),
+        "sm_90": _sequence((4, 4, 8, 8), (4, 8), norm=(4, 4, 4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8), (4, 8), norm=(4, 4, 4, 8)),
+        "gfx942": _sequence((4, 4, 4), (4,), norm=(4, 4, 2)),
+        "interpret": _sequence((4, 4, 4), (4, 4), norm=(4, 4, 4)),
     },
     "gru": {
-        "sm_80": _sequence((4, 4, 8, 8), (4, 4, 8)),
-        "sm_90": _sequence((4, 4, 8, 8), (2, 4, 8)),
-        "sm_100": _sequence((4, 4, 8, 8), (4, 4, 8)),
-        "gfx942": _sequence((4, 4, 4), (4, 4)),
-        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+        "sm_80": _sequence((4, 4, 8, 8), (4, 8)),
+        "sm_90": _sequence((4, 4, 8, 8), (4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8), (4, 8)),
+        "gfx942": _sequence((4, 4, 4), (4,)),
+        "interpret": _sequence((4, 4, 4), (4, 4)),
     },
     "rnn": {
-        "sm_80": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
-        "sm_90": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
-        "sm_100": _sequence((4, 4, 8, 8, 8), (4, 4, 8)),
-        "gfx942": _sequence((4, 4, 4, 4), (4, 4, 4)),
-        "interpret": _sequence((4, 4, 4), (4, 4, 4)),
+        "sm_80": _sequence((4, 4, 8, 8, 8), (4, 8)),
+        "sm_90": _sequence((4, 4, 8, 8, 8), (4, 8)),
+        "sm_100": _sequence((4, 4, 8, 8, 8), (4, 8)),
+        "gfx942": _sequence((4, 4, 4, 4), (4, 4)),
+        "interpret": _sequence((4, 4, 4), (4, 4)),
     },
 }
 

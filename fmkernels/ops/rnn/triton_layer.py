@@ -35,8 +35,9 @@ class Layer:
         self.stacked = {
             name: _stack(weights[index::per_direction]) for index, name in enumerate(names)
         }
-        self.block_h = max(16, triton.next_power_of_2(hidden))
-        self.block_p = max(16, triton.next_power_of_2(self.projected))
+        element_size = input.element_size()
+        self.block_h = configs.padded_size(element_size, hidden)
+        self.block_p = configs.padded_size(element_size, self.projected)
         self.precision = dot_precision(input, "matmul")
 
     def __getitem__(self, name: str) -> Tensor | None:
@@ -47,7 +48,9 @@ class Layer:
         return self._sequence_case() in configs.SEQUENCE[self.kind][architecture()]
 
     def _sequence_case(self) -> str:
-        return configs.sequence_case(self.input.element_size(), max(self.block_h, self.block_p))
+        return configs.sequence_case(
+            self.input.element_size(), max(self.block_h, self.block_p), "norm_c" in self.names
+        )
 
     def sequence_launch(self) -> tuple[tuple[int], Config]:
         config = configs.SEQUENCE[self.kind][architecture()][self._sequence_case()]
@@ -107,7 +110,7 @@ class Layer:
         """From the gradients of W_ih x, (D, T, B, gates * H), to the input's."""
         products = torch.matmul(dprojected.flatten(1, 2), self["w_ih"])  # (D, T * B, I)
         total = products[0] if self.directions == 1 else products[0] + products[1]
-        total = total.view(self.steps, self.batch, -1)
+        total = total.view(self.steps, self.batch, self.input.size(2))
         return total.transpose(0, self.time_dim).contiguous()
 
     def weight_gradient(self, rows: Tensor, columns: Tensor) -> Tensor:
