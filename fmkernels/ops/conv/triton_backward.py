@@ -165,7 +165,7 @@ def _epilogue_backward(
     row_programs, column_programs = row_grid(setting, batch, size, channels)
     # Few enough row programs that their partial sums are quickly added, enough to fill the device.
     wanted = max(1, 8 * multiprocessors(input) // column_programs)
-    blocks = triton.cdiv(row_programs, wanted) if need_sums or need_scale else 1
+    blocks = max(1, triton.cdiv(row_programs, wanted)) if need_sums or need_scale else 1
     row_programs = triton.cdiv(row_programs, blocks)
     opmath = _activations.opmath_dtype(input.dtype)
     parts = [

@@ -284,7 +284,7 @@ def _layout(input: Tensor, groups: int) -> _Layout:
     batch, channels, *spatial = input.shape
     setting = ROW_CONFIGS[architecture()]["rows"]
     pixels = math.prod(spatial)
-    images, rows = (batch, pixels) if groups else (min(batch, 1), batch * pixels)
+    images, rows = (batch, pixels) if groups else (1, batch * pixels)
     blocks = triton.cdiv(rows, setting["BLOCK_M"])
     columns = triton.cdiv(channels, setting["BLOCK_N"])
     wanted = max(1, 8 * multiprocessors(input) // max(1, images * columns))
@@ -358,7 +358,9 @@ def channel_norm_forward(
 def _statistics(input: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (images, groups); NaN for an empty batch, as PyTorch's."""
     if not input.shape[0]:
-        nan = input.new_full((1, layout.groups), math.nan, dtype=opmath_dtype(input.dtype))
+        nan = input.new_full(
+            (layout.images, layout.groups), math.nan, dtype=opmath_dtype(input.dtype)
+        )
         return nan, nan.clone()
     means, deviations = layout.new_parts(input), layout.new_parts(input)
     setting = ROW_CONFIGS[architecture()]["rows"]
