@@ -22,7 +22,8 @@ class _Guard:
     def __init__(self, tensor: Tensor) -> None:
         spans = [(n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
         self.span = sum(spans) + 1 if tensor.numel() else 0
-        self.source = tensor.as_strided((self.span,), (1,))
+        # .data: to copy back must not count as an in-place change of a tensor that autograd saved.
+        self.source = tensor.data.as_strided((self.span,), (1,))
         if tensor.is_floating_point():
             self.poison = float("nan")
         else:
