@@ -53,7 +53,7 @@ def first_state(layer, batch, dtype):
 
 @dtypes
 @layers
-@pytest.mark.parametrize("batch", [1, 2, 7, 18, 40])
+@pytest.mark.parametrize("batch", [1, 7, 18])
 def test_pieces_equal_the_whole_bit_for_bit(case, batch, dtype, two_threads):
     # 24 units: one thread, or each a slice of the batch. 160: the threads share the units.
     hidden = 160 if batch in (1, 18) and dtype is torch.float32 else 24
@@ -162,11 +162,10 @@ def test_frozen_layer(case):
         torch.testing.assert_close(changed, layer(input))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @layers
-def test_compiled_layer_is_one_graph(case, backend):
+def test_compiled_layer_is_one_graph(case):
     kind, options = case
-    layer = kind(5, 24, num_layers=2, bidirectional=True, backend=backend, **options)
+    layer = kind(5, 24, num_layers=2, bidirectional=True, backend=BACKENDS[0], **options)
     model = nn.Sequential(nn.Linear(5, 5), layer)
     torch._dynamo.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")

@@ -1,11 +1,11 @@
 // Backward pass of the recurrent layers. The time loop does only what depends on the step after: dh
 // = grad_output + dG W_hh and the pointwise gradients of the gates' pre-activations dG, which it
 // leaves for all steps in the work space. The weights' gradients are then single products over all
-// steps and rows, and so is dX (rnn_weight_grad.h).
+// steps and rows, and so is dX (rnn_products.cpp).
 #include <type_traits>
 
+#include "cpu/rnn_backward_internal.h"
 #include "cpu/rnn_gradients.h"
-#include "cpu/rnn_weight_grad.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -406,8 +406,7 @@ void backward_typed(const RnnBackward& p, const Parallel& pool) {
   }
   pack_weights(p, w, flops, pool);
   time_loop(p, w, flops, pool);
-  if (p.grad_weights[0].w_hh) weight_gradients(p, w, rows, flops, pool);
-  if (p.grad_input) input_gradient(p, w, pool);
+  rnn_products(p, rows, pool);
 }
 
 }  // namespace

@@ -102,13 +102,37 @@ struct Sequence {
   }
 };
 
+// A cell: one step, without the dimensions of time and direction.
+Sequence check_cell_step(Sequence s, const Tensor& input, const Tensor& h0, int64_t hidden_size) {
+  FMK_CHECK(h0.dim() == 2, "h0: expected two dimensions, got ", h0.dim());
+  s.shape.steps = s.shape.directions = 1;
+  s.shape.batch = input.size(0);
+  s.shape.input_size = input.size(1);
+  s.shape.output_size = h0.size(1);
+  s.shape.hidden_size = hidden_size < 0 ? h0.size(1) : hidden_size;
+  FMK_CHECK(s.shape.input_size <= 1 || s.shape.batch == 0 || input.stride(1) == 1,
+            "input: expected a contiguous last dimension");
+  FMK_CHECK(s.shape.hidden_size > 0 && s.shape.output_size > 0,
+            "h0: expected at least one hidden feature");
+  s.input_strides = {0, input.stride(0)};
+  s.hidden = s.output = {s.shape.batch, s.shape.output_size};
+  s.cell = s.cell_states = {s.shape.batch, s.shape.hidden_size};
+  s.saved = {1, 1, s.shape.batch};
+  check_parameter(h0, "h0", input, s.hidden);
+  return s;
+}
+
 Sequence check_sequence(RnnKind kind, const Tensor& input, const Tensor& h0, int64_t hidden_size,
                         const OptionalTensor& lengths, bool batch_first) {
   Sequence s;
   s.shape.dtype = dtype_of(input, "input");
   s.shape.kind = kind;
   check_cpu(input, "input");
-  FMK_CHECK(input.dim() == 3, "input: expected three dimensions, got ", input.dim());
+  if (input.dim() == 2) {
+    FMK_CHECK(!lengths && !batch_first, "lengths, batch_first: a cell has no time");
+    return check_cell_step(s, input, h0, hidden_size);
+  }
+  FMK_CHECK(input.dim() == 3, "input: expected two or three dimensions, got ", input.dim());
   const int time = batch_first ? 1 : 0, batch = batch_first ? 0 : 1;
   s.shape.steps = input.size(time);
   s.shape.batch = input.size(batch);
@@ -171,8 +195,8 @@ bool check_cell(const Tensor& cell, const char* name, const Tensor& input, const
 }
 
 int64_t last_size(const Tensor& tensor, const char* name) {
-  FMK_CHECK(tensor.dim() == 3, name, ": expected three dimensions, got ", tensor.dim());
-  return tensor.size(2);
+  FMK_CHECK(tensor.dim() >= 2, name, ": expected two or three dimensions, got ", tensor.dim());
+  return tensor.size(tensor.dim() - 1);
 }
 
 LstmVariant variant_of(const Sequence& s, const Tensor& input, const OptionalTensor& recurrent_mask,
@@ -215,6 +239,7 @@ PackedHeader header_of(const RnnShape& s, bool has_biases, bool layer_norm) {
 }
 
 SequenceStrides strides_of(const Tensor& tensor, bool batch_first) {
+  if (tensor.dim() == 2) return {0, tensor.stride(0)};
   return {tensor.stride(batch_first ? 1 : 0), tensor.stride(batch_first ? 0 : 1)};
 }
 

@@ -45,6 +45,11 @@ def lstm_cell(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
+    if hx is not None and (b_ih is None) == (b_hh is None):
+        weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+        result = autograd.quick_lstm_cell(input, hx, weights, packed_weight, backend)
+        if result is not None:
+            return result
     leading, hidden, weights = _check_cell(input, w_ih, w_hh, b_ih, b_hh, 4, packed_weight)
     if hx is None:
         h = c = input.new_zeros((*leading, hidden))
@@ -170,6 +175,13 @@ def _check_cell(
 def _simple_cell(
     kind, input, hx, w_ih, w_hh, b_ih, b_hh, gates, extra, packed_weight, backend
 ) -> Tensor:
+    if hx is not None and (b_ih is None) == (b_hh is None):
+        weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+        result = autograd.quick_simple_cell(
+            kind, input, hx, weights, packed_weight, extra, backend
+        )
+        if result is not None:
+            return result
     leading, hidden, weights = _check_cell(input, w_ih, w_hh, b_ih, b_hh, gates, packed_weight)
     if hx is None:
         hx = input.new_zeros((*leading, hidden))

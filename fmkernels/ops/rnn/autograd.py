@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmkernels._dispatch import Backend, autocast_enabled, select
+from fmkernels._dispatch import (
+    Backend,
+    autocast_enabled,
+    current_backend,
+    record_decision,
+    select,
+)
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
 from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
@@ -418,6 +424,75 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
     for tensor in others:
         computed = torch.promote_types(computed, tensor.dtype)
     return returned, computed
+
+
+def _is_ordinary(
+    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor
+) -> bool:
+    """Whether a cell's step may go to the native op as it is, which checks its own operands.
+
+    A step takes as long as a few dozen lines of Python, so the everyday call has its own way.
+    """
+    requested = current_backend() if backend is None else backend
+    if (
+        requested not in ("auto", "cpu")
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or not input.is_cpu
+        or input.dim() != 2
+        or not backends["cpu"].supports(input).ok
+    ):
+        return False
+    if requested == "auto":
+        record_decision(op, "cpu")
+    return True
+
+
+def quick_lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`lstm_cell` on unchecked arguments, or None where they want a closer look."""
+    try:
+        h, c = hx
+        if needs_graph(input, h, c, *weights) or c.dtype != input.dtype:
+            return None
+        if not _is_ordinary("lstm_cell", LSTM, backend, input):
+            return None
+        results = LSTM["cpu"].forward(
+            input, h, c, weights, packed_weight, None, None, None, None, len(weights) == 4,
+            *PLAIN_LSTM[1:], False, False, False,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    return results[1], results[2]
+
+
+def quick_simple_cell(
+    kind: str,
+    input: Tensor,
+    h: Tensor,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    extra: Extra,
+    backend: str | None,
+) -> Tensor | None:
+    """:func:`simple_cell` on unchecked arguments, or None where they want a closer look."""
+    backends = _SIMPLE[kind][0]
+    try:
+        if needs_graph(input, h, *weights):
+            return None
+        if not _is_ordinary(f"{kind}_cell", backends, backend, input):
+            return None
+        rest = (False,) if kind == "gru" else ()
+        return backends["cpu"].forward(
+            input, h, weights, packed_weight, None, *extra, len(weights) == 4, False, *rest
+        )[1]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def lstm_cell(

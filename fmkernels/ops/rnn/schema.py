@@ -14,6 +14,8 @@ Operands of every op:
     ``t < lengths[b]`` alone: its outputs are zero from there on, its final states are those after
     its last step, and the second direction starts at its last step. Input past the end is not
     read.
+    A cell leaves out time and direction: input ``(B, I)``, states ``(B, P)`` and ``(B, H)``, and
+    so for its results. The native forward ops take it that way; nothing else does.
 Results of every op:
     output ``(T, B, D*P)`` (``(B, T, D*P)``), h_n ``(D, B, P)``, contiguous and in the input's
     dtype. An output that was not asked for is an empty tensor of shape ``(0,)``.
@@ -142,10 +144,15 @@ _library.define(
 _library.define("rnn_pack_weight(Tensor[] weights, int directions, bool has_biases) -> Tensor")
 
 
-def _sizes(input: Tensor, batch_first: bool) -> tuple[int, int, tuple[int, int]]:
-    """T, B, and the two in the layout's order."""
-    steps, batch = (input.size(1), input.size(0)) if batch_first else input.shape[:2]
-    return steps, batch, ((batch, steps) if batch_first else (steps, batch))
+def _sizes(
+    input: Tensor, h0: Tensor, batch_first: bool
+) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Leading sizes of what is shaped like the output, and D, T, B."""
+    if input.dim() == 2:  # a cell
+        return (input.size(0),), (1, 1, input.size(0))
+    first, second = input.shape[:2]
+    steps, batch = (second, first) if batch_first else (first, second)
+    return (first, second), (h0.size(0), steps, batch)
 
 
 @torch.library.register_fake("fmkernels::lstm_forward", lib=_library)
@@ -170,12 +177,12 @@ def _lstm_forward_fake(
     return_cells,
     save_for_backward,
 ):
-    directions, batch, projected = h0.shape
-    hidden = c0.size(-1)
-    steps, _, leading = _sizes(input, batch_first)
+    projected, hidden = h0.size(-1), c0.size(-1)
+    leading, rows = _sizes(input, h0, batch_first)
+    directions = rows[0]
     saved = []
     if save_for_backward:
-        rows, state = (directions, steps, batch), opmath_dtype(input.dtype)
+        state = opmath_dtype(input.dtype)
         saved = [input.new_empty(*rows, 4 * hidden), input.new_empty(*rows, hidden, dtype=state)]
         if layer_norm:
             saved += [input.new_empty(*rows, 4 * hidden) for _ in range(2)]
@@ -233,11 +240,11 @@ def _like(tensor: Tensor, needed: bool) -> Tensor:
 def _gru_forward_fake(
     input, h0, weights, packed_weight, lengths, has_biases, batch_first, save_for_backward
 ):
-    directions, batch, hidden = h0.shape
-    steps, _, leading = _sizes(input, batch_first)
-    saved = (directions, steps, batch, 4 * hidden) if save_for_backward else (0,)
+    hidden = h0.size(-1)
+    leading, rows = _sizes(input, h0, batch_first)
+    saved = (*rows, 4 * hidden) if save_for_backward else (0,)
     return (
-        input.new_empty(*leading, directions * hidden),
+        input.new_empty(*leading, rows[0] * hidden),
         input.new_empty(h0.shape),
         input.new_empty(saved),
     )
@@ -270,9 +277,8 @@ def _gru_backward_fake(
 def _rnn_forward_fake(
     input, h0, weights, packed_weight, lengths, nonlinearity, has_biases, batch_first
 ):
-    directions, _, hidden = h0.shape
-    _, _, leading = _sizes(input, batch_first)
-    return input.new_empty(*leading, directions * hidden), input.new_empty(h0.shape)
+    leading, rows = _sizes(input, h0, batch_first)
+    return input.new_empty(*leading, rows[0] * h0.size(-1)), input.new_empty(h0.shape)
 
 
 @torch.library.register_fake("fmkernels::rnn_backward", lib=_library)

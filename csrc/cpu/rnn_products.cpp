@@ -1,111 +1,9 @@
-// The work space of the backward pass, and what is computed from it after the time loop: the
-// weights' gradients and the input's, each a single product over all steps and rows.
-#pragma once
-
-#include <type_traits>
-
-#include "cpu/rnn_internal.h"
+// What the backward pass computes after its time loop: the gradients of the weight matrices and of
+// the input, each a single product over all steps and rows.
+#include "cpu/rnn_backward_internal.h"
 
 namespace fmk::FMK_ISA {
 namespace {
-
-// Rows (t, b) of X, dG and dX are numbered as they lie in the caller's layout.
-FMK_INLINE int64_t row_index(const RnnBackward& p, int64_t t, int64_t b) {
-  return p.batch_first ? b * p.shape.steps + t : t * p.shape.batch + b;
-}
-FMK_INLINE int64_t time_of(const RnnBackward& p, int64_t row) {
-  return p.batch_first ? row % p.shape.steps : row / p.shape.batch;
-}
-FMK_INLINE int64_t batch_of(const RnnBackward& p, int64_t row) {
-  return p.batch_first ? row / p.shape.steps : row % p.shape.batch;
-}
-// The step that a row's step t started from, or -1 where that is the initial state.
-FMK_INLINE int64_t time_before(const RnnBackward& p, int64_t d, int64_t t, int64_t b) {
-  if (d == 0) return t - 1;
-  const int64_t length = p.lengths ? p.lengths[b] : p.shape.steps;
-  return t + 1 < length ? t + 1 : -1;
-}
-template <class T>
-FMK_INLINE const T* hidden_before(const RnnBackward& p, int64_t d, int64_t t, int64_t b) {
-  const int64_t P = p.shape.output_size, before = time_before(p, d, t, b);
-  if (before < 0) return static_cast<const T*>(p.h0) + (d * p.shape.batch + b) * P;
-  return static_cast<const T*>(p.output) + (row_index(p, before, b) * p.shape.directions + d) * P;
-}
-
-// A weight [gates * H][n] as the right operand of a product with dG: dG's columns of a gate number
-// `step` (H, or one more so that pairs do not cross gates), gate g being the weight's source[g], -1
-// for none.
-struct GateMap {
-  int64_t hidden_size, step;
-  int count;
-  int source[4];
-
-  int64_t columns() const { return count * step; }
-  // The weight's row for a column of dG, or -1.
-  int64_t row(int64_t column) const {
-    const int64_t unit = column % step;
-    const int gate = source[column / step];
-    return gate < 0 || unit >= hidden_size ? -1 : gate * hidden_size + unit;
-  }
-};
-
-template <class T>
-struct BackwardWorkspace {
-  using V = Vec<T>;
-
-  int64_t gate_step, gates;     // columns and number of a direction's gates in dG
-  int64_t projected_step;       // P, even where pairs are read
-  Operand<T>* grad_gates;       // dG: [rows][D][gates * gate_step]
-  Operand<T>* grad_x;           // layer norm: the same for W_ih x; else grad_gates
-  Operand<T>* grad_projected;   // projection: of h~, [rows][D][projected_step]
-  T* gated;                     // projection: o * A, [rows][D][H]
-  T* masked;                    // recurrent mask: h as it met W_hh, [rows][D][P]
-  int64_t* active_rows;         // lengths: the rows that are not padding
-  Word<T>* hh_panels;           // per direction W_hh in panels over P
-  Word<T>* hr_panels;           // per direction W_hr in panels over H
-  Word<T>* ih_panels;           // W_ih of all directions, one reduction, in panels over I
-  Operand<T>* wide_input_grad;  // [rows][I] where dX is not computed in T
-  int64_t hh_words, hr_words;   // of a direction
-  GateMap hh, ih;
-  int64_t hh_first;  // the first column of dG that W_hh's product reads
-
-  FMK_INLINE BackwardWorkspace of(const RnnBackward& p, Arena& arena) {
-    constexpr int64_t kPair = Mac<T>::kPair;
-    const RnnShape& s = p.shape;
-    const bool gru = s.kind == RnnKind::kGru, projects = s.output_size != s.hidden_size;
-    const int64_t rows = s.steps * s.batch, D = s.directions;
-    BackwardWorkspace w;
-    w.gate_step = ceil_div(s.hidden_size, kPair) * kPair;
-    w.projected_step = ceil_div(s.output_size, kPair) * kPair;
-    w.gates = gru ? 4 : gates_of(s.kind);
-    w.hh = {s.hidden_size, w.gate_step, gates_of(s.kind), {0, 1, 2, 3}};
-    w.ih = w.hh;
-    w.hh_first = 0;
-    if (gru) {
-      // With two directions the unused fourth gate lies between them.
-      w.ih = {s.hidden_size, w.gate_step, D == 1 ? 3 : 4, {2, 0, 1, -1}};
-      w.hh_first = w.gate_step;
-    }
-    const int64_t columns = rows * D * w.gates * w.gate_step;
-    w.grad_gates = arena.take<Operand<T>>(columns);
-    w.grad_x = p.variant.layer_norm ? arena.take<Operand<T>>(columns) : w.grad_gates;
-    w.grad_projected = arena.take<Operand<T>>(projects ? rows * D * w.projected_step : 0);
-    w.gated = arena.take<T>(projects ? rows * D * s.hidden_size : 0);
-    w.masked = arena.take<T>(p.variant.recurrent_mask ? rows * D * s.output_size : 0);
-    w.active_rows = arena.take<int64_t>(p.lengths ? rows : 0);
-    w.hh_words = packed_words<T>(s.output_size, w.hh.columns());
-    w.hr_words = projects ? packed_words<T>(s.hidden_size, w.projected_step) : 0;
-    w.hh_panels = arena.take<Word<T>>(D * w.hh_words);
-    w.hr_panels = arena.take<Word<T>>(D * w.hr_words);
-    w.ih_panels =
-        arena.take<Word<T>>(p.grad_input ? packed_words<T>(s.input_size, D * w.ih.columns()) : 0);
-    constexpr bool kNarrow = !std::is_same_v<T, Operand<T>>;
-    w.wide_input_grad = arena.take<Operand<T>>(kNarrow && p.grad_input ? rows * s.input_size : 0);
-    return w;
-  }
-
-  int64_t row_length(const RnnShape& s) const { return s.directions * gates * gate_step; }
-};
 
 // dW = dG^T X for a block of columns of dG and one or two operands X: all blocks of a direction
 // together read dG once, a chunk of rows at a time, while the sums stay in the cache: dG is the
@@ -133,13 +31,14 @@ class WeightGradientRun {
 
   FMK_LAMBDA WeightGradientRun(const RnnBackward& problem, const BackwardWorkspace<T>& workspace,
                                int64_t direction, const Operand<T>* gradients, int64_t row_step,
-                               int64_t first_column, int64_t column_count, GateMap map,
-                               int64_t row_count)
+                               int64_t start_of_map, int64_t first_column, int64_t column_count,
+                               GateMap map, int64_t row_count)
       : p(problem),
         w(workspace),
         d(direction),
         grads(gradients),
         ld_grads(row_step),
+        map_start(start_of_map),
         column0(first_column),
         columns(column_count),
         map_(map),
@@ -173,7 +72,7 @@ class WeightGradientRun {
   const BackwardWorkspace<T>& w;
   const int64_t d;
   const Operand<T>* grads;
-  const int64_t ld_grads, column0, columns;
+  const int64_t ld_grads, map_start, column0, columns;
   const GateMap map_;
   const int64_t rows_;
   Part parts_[2];
@@ -249,17 +148,14 @@ class WeightGradientRun {
     for (int64_t panel = 0; panel < split.count; ++panel) {
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
       for (int64_t i = 0; i < columns; ++i) {
-        // The map counts from the product's own first column, as column0 does for W_ih.
-        const int64_t row = map_.row(column0 - first_of_map_ + i);
+        // The map counts from the first column of the whole product.
+        const int64_t row = map_.row(column0 - map_start + i);
         if (row >= 0)
           convert(part.sums + column * columns + i * width, part.grad + row * part.n + column,
                   min_of(width, part.n - column));
       }
     }
   }
-
- public:
-  int64_t first_of_map_ = 0;
 };
 
 // All weight matrices' gradients.
@@ -286,8 +182,7 @@ void weight_gradients(const RnnBackward& p, const BackwardWorkspace<T>& w, int64
       if (unit == products * blocks) {
         const GateMap plain{s.output_size, w.projected_step, 1, {0, 0, 0, 0}};
         Run run(p, w, d, w.grad_projected, s.directions * w.projected_step, d * w.projected_step,
-                w.projected_step, plain, rows);
-        run.first_of_map_ = d * w.projected_step;
+                d * w.projected_step, w.projected_step, plain, rows);
         run.add_operand(Source::kGated, s.hidden_size, out.w_hr);
         run.run();
         continue;
@@ -296,9 +191,8 @@ void weight_gradients(const RnnBackward& p, const BackwardWorkspace<T>& w, int64
       const int64_t block = unit % blocks, first = columns * block / blocks;
       const int64_t count = columns * (block + 1) / blocks - first;
       const int64_t start = d * direction_columns + (of_hidden ? w.hh_first : 0);
-      Run run(p, w, d, of_hidden ? w.grad_gates : w.grad_x, ld, start + first, count,
+      Run run(p, w, d, of_hidden ? w.grad_gates : w.grad_x, ld, start, start + first, count,
               of_hidden ? w.hh : w.ih, rows);
-      run.first_of_map_ = start;
       if (!of_hidden) run.add_operand(Source::kInput, s.input_size, out.w_ih);
       if (of_hidden || joint) run.add_operand(Source::kHidden, s.output_size, out.w_hh);
       run.run();
@@ -328,4 +222,15 @@ void input_gradient(const RnnBackward& p, const BackwardWorkspace<T>& w, const P
 }
 
 }  // namespace
+
+void rnn_products(const RnnBackward& p, int64_t rows, const Parallel& pool) {
+  with_type(p.shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Arena arena{static_cast<char*>(p.workspace)};
+    const auto w = BackwardWorkspace<T>::of(p, arena);
+    if (p.grad_weights[0].w_hh) weight_gradients(p, w, rows, rnn_flops(p.shape), pool);
+    if (p.grad_input) input_gradient(p, w, pool);
+  });
+}
+
 }  // namespace fmk::FMK_ISA
