@@ -55,7 +55,7 @@ template <class T, bool kDepthwise>
 struct PixelRows {
   using V = Vec<T>;
   using A = Acc<T>;
-  static constexpr int kPixels = 8;
+  static constexpr int kPixels = 8, kFewPixels = 4;
   const Correlation<T>& p;
   int64_t channels, padded;  // of all groups
   const A* weights;          // [tap_y][tap_x][channel of the group][padded]
@@ -80,23 +80,24 @@ struct PixelRows {
   template <int kTaps, int kStride>
   void run(int64_t row) const {
     const int64_t image = row / p.y.out_size, y = row % p.y.out_size, out = p.x.out_size;
-    // Outputs whose taps all lie inside the image.
-    const int64_t begin = min_of(out, ceil_div(-p.x.offset, int64_t{kStride}));
-    const int64_t room = p.x.in_size - p.x.offset - kTaps;
-    const int64_t end = room < 0 ? begin : max_of(begin, min_of(out, room / kStride + 1));
     const T* from = p.input + image * p.y.in_size * p.x.in_size * channels;
-    const auto border = [&](int64_t x0, int64_t x1) {
-      for (int64_t x = x0; x < x1; ++x) block<1, kTaps, kStride, false>(from, y, x, row * out + x);
-    };
-    border(0, begin);
-    int64_t x = begin;
-    for (; x + kPixels <= end; x += kPixels)
-      block<kPixels, kTaps, kStride, true>(from, y, x, row * out + x);
-    if (x < end && end - begin >= kPixels)  // the last block overlaps the one before
-      block<kPixels, kTaps, kStride, true>(from, y, end - kPixels, row * out + end - kPixels);
-    else
-      border(x, end);
-    border(end, out);
+    // The last block overlaps the one before.
+    if (out >= kPixels) {
+      for (int64_t i = 0; i < out; i += kPixels) {
+        const int64_t x = min_of(i, out - kPixels), first = x * kStride + p.x.offset;
+        if (first >= 0 && first + (kPixels - 1) * kStride + kTaps <= p.x.in_size)
+          block<kPixels, kTaps, kStride, true>(from, y, x, row * out + x);
+        else
+          block<kPixels, kTaps, kStride, false>(from, y, x, row * out + x);
+      }
+    } else if (out >= kFewPixels) {
+      for (int64_t i = 0; i < out; i += kFewPixels) {
+        const int64_t x = min_of(i, out - kFewPixels);
+        block<kFewPixels, kTaps, kStride, false>(from, y, x, row * out + x);
+      }
+    } else {
+      for (int64_t x = 0; x < out; ++x) block<1, kTaps, kStride, false>(from, y, x, row * out + x);
+    }
   }
 
  private:
@@ -153,20 +154,15 @@ struct PixelRows {
           else
             return permute(value, lanes_of[c]);
         };
-        if constexpr (kInside) {
-          V factor[kTaps];
-          FMK_FOR (tap, kTaps) factor[tap] = load(factors + tap * tap_step);
-          FMK_FOR (column, (P - 1) * kStride + kTaps) {
-            const V value = value_at(column);
-            FMK_FOR (i, P) {
-              const int tap = column - i * kStride;
-              if (tap >= 0 && tap < kTaps) sum[i][0] = fma(value, factor[tap], sum[i][0]);
-            }
+        V factor[kTaps];
+        FMK_FOR (tap, kTaps) factor[tap] = load(factors + tap * tap_step);
+        FMK_FOR (column, (P - 1) * kStride + kTaps) {
+          if (!kInside && (first + column < 0 || first + column >= p.x.in_size)) continue;
+          const V value = value_at(column);
+          FMK_FOR (i, P) {
+            const int tap = column - i * kStride;
+            if (tap >= 0 && tap < kTaps) sum[i][0] = fma(value, factor[tap], sum[i][0]);
           }
-        } else {
-          for (int tap = 0; tap < kTaps; ++tap)
-            if (first + tap >= 0 && first + tap < p.x.in_size)
-              sum[0][0] = fma(value_at(tap), load(factors + tap * tap_step), sum[0][0]);
         }
       }
     }
