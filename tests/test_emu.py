@@ -78,7 +78,8 @@ def run_tests(variant: str, library: Path, *arguments: str) -> subprocess.Comple
     """The kernels' tests with one build of the emulator, in a process of their own."""
     from build_support import emulator
 
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    # A sanitizer writes to the process's own stderr: pytest must not swallow it.
+    command = [sys.executable, "-m", "pytest", "-qx", "--capture=sys", "-p", "no:cacheprovider"]
     if variant == "thread":
         # ThreadSanitizer of gcc 12 wants addresses where it expects them.
         command = ["setarch", "-R", *command]

@@ -11,7 +11,8 @@ struct Step {
   float slot[kRnnSlots] = {}, before = 0.0f, cell = 0.0f, grad_output = 0.0f;
 
   __device__ Step(const RnnBackward& p, const RnnElement& e, int direction, int t, int length) {
-    if (!e.valid || t >= length) return;
+    // The last round, which has no step, is t = -1 or t = T.
+    if (!e.valid || t < 0 || t >= length) return;
     const int hidden = static_cast<int>(p.shape.hidden), steps = static_cast<int>(p.shape.steps);
     const int64_t plane = p.shape.batch * hidden;
     const int64_t in_plane = static_cast<int64_t>(e.batch) * hidden + e.unit;
