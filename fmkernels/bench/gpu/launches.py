@@ -158,6 +158,22 @@ def _attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def _lstm(x, w_ih, w_hh, b):
+    return FF.lstm(x, None, [w_ih, w_hh, b, b], activation="relu", backend="triton")[0]
+
+
+def _lstm_loop(x, w_ih, w_hh, b):
+    """A variant as PyTorch's users write it: one matrix product per step, the gates around it."""
+    h = c = x.new_zeros(x.shape[1], w_hh.shape[1])
+    projected, outputs = F.linear(x, w_ih, b), []
+    for step in projected.unbind(0):
+        i, f, g, o = (step + F.linear(h, w_hh, b)).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.relu()
+        h = o.sigmoid() * c.relu()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
 LAYERS = (
     Layer(
         "conv 3x3 + bias + relu + 2x2 max-pool, 32x64x56x56 -> 128",
@@ -208,6 +224,12 @@ LAYERS = (
         lambda x, r, w, b: FF.add_layer_norm(x, r, (1024,), w, b, backend="triton"),
         lambda x, r, w, b: F.layer_norm(x + r, (1024,), w, b),
         ((4096, 1024), (4096, 1024), (1024,), (1024,)),
+    ),
+    Layer(
+        "LSTM with relu, 100 steps of 64, hidden 64, against a loop",
+        _lstm,
+        _lstm_loop,
+        ((100, 64, 64), (256, 64), (256, 64), (256,)),
     ),
     Layer(
         "causal attention, 4x16x2048x128",
