@@ -157,6 +157,8 @@ POOLS = {
     "max3x2": ("max", (3, 2), 2, (1, 0)),
     "max5": ("max", 5, 3, 2),
     "avg2": ("avg", 2, 2, 0),
+    "avg3": ("avg", 3, 2, 1),
+    "avg4": ("avg", 4, 3, 1),
 }
 EXTRAS = {
     "none": (),
@@ -182,8 +184,6 @@ def add_extras(arguments, names, conv, make=testing.normal):
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 @layouts
 def test_epilogue(pool, activation, extras, layout, backend):
-    if backend != "reference" and pool is not None and pool[0] == "avg":
-        backend = None
     problem = PROBLEMS["plain3x3"]
     arguments = make_arguments(problem, torch.float32, layout)
     add_extras(arguments, extras, problem[3:])
@@ -246,7 +246,6 @@ def test_named_padding(padding, kernel, dilation, backend):
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [2, (1, 2), "same"])
 def test_padding_mode(mode, padding, backend):
-    backend = None if backend == "cpu" else backend
     torch_layer = nn.Conv2d(3, 4, (4, 3), padding=padding, padding_mode=mode)
     input = torch.randn(2, 3, 9, 8)
     output = FF.conv2d(
@@ -488,7 +487,6 @@ layers = pytest.mark.parametrize(
 
 @layers
 def test_layer_is_a_drop_in(torch_class, our_class, args, kwargs, shape, backend):
-    backend = None if backend == "cpu" else backend
     torch.manual_seed(1)
     theirs = torch_class(*args, **kwargs)
     torch.manual_seed(1)
@@ -505,7 +503,6 @@ def test_layer_is_a_drop_in(torch_class, our_class, args, kwargs, shape, backend
 
 @layers
 def test_from_torch_shares_parameters(torch_class, our_class, args, kwargs, shape, backend):
-    backend = None if backend == "cpu" else backend
     theirs = torch_class(*args, **kwargs).eval()
     ours = our_class.from_torch(theirs, activation="relu", backend=backend)
     assert ours.weight is theirs.weight and ours.bias is theirs.bias
@@ -522,7 +519,6 @@ def test_from_torch_refuses_a_parametrized_module(backend):
 
 @layers
 def test_layer_training_step(torch_class, our_class, args, kwargs, shape, backend):
-    backend = None if backend == "cpu" else backend
     theirs = torch_class(*args, **kwargs)
     ours = our_class.from_torch(copy.deepcopy(theirs), backend=backend)
     input = torch.randn(shape)
@@ -541,7 +537,6 @@ def test_layer_training_step(torch_class, our_class, args, kwargs, shape, backen
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @layouts
 def test_conv_block(norm, pool, activation, layout, backend):
-    backend = None if backend == "cpu" else backend
     torch.manual_seed(1)
     options = {"padding": 1, "bias": norm is None}
     block = fnn.ConvBlock2d(
@@ -638,7 +633,7 @@ def test_compile(grad, make, backend):
         ),
         "depthwise": (fnn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 8)),
     }[make]
-    layer.backend = None if backend == "cpu" else backend
+    layer.backend = backend
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     input = torch.randn(shape, requires_grad=grad)

@@ -45,6 +45,49 @@ def test_conv(dtype, layout, activation, pool):
         torch.library.opcheck(ops.conv_backward.default, (*tensors, *options, *needs))
 
 
+CONV_FORMS = {
+    "1d": ((2, 4, 9), (6, 2, 3), ((2,), (1, 2), (1,), 2, False, "reflect", "relu", None, ())),
+    "3d": (
+        (1, 4, 5, 6, 4),
+        (6, 4, 3, 3, 3),
+        ((1, 1, 1), (1,) * 6, (1, 1, 1), 1, False, "zeros", "silu", None, ()),
+    ),
+    "transposed": (
+        (2, 4, 5, 6),
+        (4, 6, 3, 3),
+        ((1, 1), (1, 1, 1, 1), (1, 1), 1, True, "zeros", "relu", "avg", (2, 2, 2, 2, 0, 0)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("shape", "weight", "options"), CONV_FORMS.values(), ids=CONV_FORMS)
+def test_conv_forms(shape, weight, options):
+    input, weight = testing.normal(*shape), testing.normal(*weight)
+    bias, scale, shift = (testing.normal(6, 1).flatten() for _ in range(3))
+    full = (input, weight, bias, scale, shift, None, None, *options)
+    torch.library.opcheck(ops.conv_forward.default, (*full, True))
+    output, saved, argmax = ops.conv_forward(*full, True)
+    tensors = (torch.randn_like(output), input, weight, bias, scale, output, saved, argmax)
+    torch.library.opcheck(ops.conv_backward.default, (*tensors, *options, *(True,) * 6))
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("pool", [None, "max", "avg"])
+def test_channel_norm(dtype, layout, groups, pool):
+    input = testing.normal(2, 4, 6, 7, dtype=dtype, layout=layout)
+    residual = testing.normal(2, 4, 6, 7, dtype=dtype, layout=layout)
+    weight, bias = (testing.normal(4, 1, dtype=opmath_dtype(dtype)).flatten() for _ in range(2))
+    options = (groups, 1e-5, "relu", pool, (2, 2, 2, 2, 0, 0) if pool else ())
+    tensors = (input, weight, bias, residual)
+    torch.library.opcheck(ops.channel_norm_forward.default, (*tensors, *options, True))
+    output, mean, variance, argmax = ops.channel_norm_forward(*tensors, *options, True)
+    grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
+    saved = (grad, *tensors, mean, variance, argmax)
+    torch.library.opcheck(ops.channel_norm_backward.default, (*saved, *options, *(True,) * 4))
+
+
 @dtypes
 def test_conv_pack_weight(dtype):
     weight = testing.normal(6, 2, 3, 3, dtype=dtype)
@@ -63,6 +106,18 @@ def test_max_pool2d(dtype, layout, ceil_mode):
     grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
     arguments = (grad, argmax, input.shape, *options)
     torch.library.opcheck(ops.max_pool_backward.default, arguments)
+
+
+@dtypes
+@layouts
+def test_avg_pool(dtype, layout):
+    input = testing.normal(2, 5, 9, 8, dtype=dtype, layout=layout)
+    options = ((3, 2), (2, 2), (1, 1))
+    torch.library.opcheck(ops.avg_pool_forward.default, (input, *options, True, False, None))
+    output = ops.avg_pool_forward(input, *options, True, False, None)
+    grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
+    arguments = (grad, input.shape, *options, False, None)
+    torch.library.opcheck(ops.avg_pool_backward.default, arguments)
 
 
 @dtypes

@@ -165,3 +165,36 @@ def test_bad_arguments_are_named(change, error, message, backend):
     arguments = {"input": torch.zeros(1, 2, 6, 6), "kernel_size": 2, "backend": backend}
     with pytest.raises(error, match=message):
         FF.max_pool2d(**(arguments | change))
+
+
+AVERAGES = {
+    "2x2": ((2, 5, 8, 10), (2,)),
+    "padded": ((2, 19, 9, 7), (3, 2, 1)),
+    "uncounted": ((1, 5, 9, 8), ((3, 2), 2, 1, False, False)),
+    "ceil": ((1, 5, 9, 11), (3, 2, 1, True)),
+    "ceil_uncounted": ((1, 33, 9, 11), (3, 2, 1, True, False)),
+    "divisor": ((1, 4, 7, 7), (3, 1, 0, False, True, 5)),
+    "gaps": ((1, 4, 11, 11), (2, 4)),
+    "global": ((2, 20, 7, 6), ((7, 6),)),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), AVERAGES.values(), ids=AVERAGES)
+@layouts
+@dtypes
+@pytest.mark.parametrize("grad_layout", ["contiguous", "expanded"])
+def test_average(shape, options, layout, dtype, grad_layout, backend):
+    testing.compare(
+        lambda input: FF.avg_pool2d(input, *options, backend=backend),
+        lambda input: F.avg_pool2d(input, *options),
+        {"input": testing.normal(*shape, dtype=dtype, layout=layout)},
+        grad_layout=grad_layout,
+    )
+
+
+def test_average_of_bad_arguments(backend):
+    input = torch.zeros(1, 2, 6, 6)
+    with pytest.raises(ValueError, match="divisor_override must be in"):
+        FF.avg_pool2d(input, 2, divisor_override=0, backend=backend)
+    with pytest.raises(TypeError, match="count_include_pad must be a bool"):
+        FF.avg_pool2d(input, 2, count_include_pad=1, backend=backend)

@@ -1,10 +1,10 @@
-// Two-dimensional convolution with its epilogue, max pooling, and their gradients.
+// Convolution with its epilogue, transposed convolution, pooling, and their gradients.
 //
-//   y = maxpool(activation(scale * (conv(x, w) + bias) + shift + residual))
+//   y = pool(activation(scale * (conv(x, w) + bias) + shift + residual))
 //
-// All tensors of a call share one storage type and one memory layout: NCHW or, with channels_last,
-// NHWC, both dense. Vectors per channel are dense. Everything optional is null where it is not
-// there. The caller allocates everything, and has checked shapes and sizes.
+// All tensors of a call share one storage type and one memory layout: NC[D]HW or, with
+// channels_last, N[D]HWC, both dense. Vectors per channel are dense. Everything optional is null
+// where it is not there. The caller allocates everything, and has checked shapes and sizes.
 #pragma once
 
 #include <cstddef>
@@ -23,31 +23,57 @@ enum class ConvAlgorithm : int32_t {
   kWinograd4 = 1,  // F(4x4, 3x3)
 };
 
+// What lies around an image: zeros, or the image continued.
+enum class PaddingMode : uint8_t { kZeros, kReflect, kReplicate, kCircular };
+
+// Images have up to three axes; those in front that a convolution lacks have size, kernel and
+// stride
+// 1. `transposed`: what is computed is the adjoint of the convolution described here: it takes an
+// image shaped like the convolution's output, of out_channels, to one shaped like its input.
 struct ConvShape {
   DType dtype;
   bool channels_last;
+  bool transposed;
+  PaddingMode padding_mode;
+  int32_t axes;
   int64_t batch, channels, height, width;  // of the input; batch, height and width are 0 where the
                                            // input is not known yet (packing a weight)
-  int64_t out_channels, groups;            // weight: [out_channels][channels / groups][kernel_h]
-                                           // [kernel_w]
+  int64_t depth;
+  int64_t out_channels, groups;  // weight: [out_channels][channels / groups][kernel_d][kernel_h]
+                                 // [kernel_w]
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  // padding: before the first row and column; what is padded after the
-  // last shows in the output's size
+  int64_t kernel_d, stride_d, padding_d, dilation_d;
+  // Paddings are those before the first position; what is padded after the last shows in the size
+  // of the output.
   int64_t out_height, out_width;  // of the convolution, before pooling; 0 as above
+  int64_t out_depth;
+
+  int64_t taps() const { return kernel_d * kernel_h * kernel_w; }
+  int64_t pixels() const { return depth * height * width; }
+  int64_t out_pixels() const { return out_depth * out_height * out_width; }
 };
+
+enum class PoolKind : uint8_t { kMax, kAverage };
 
 // A pooling window, sliding over an image of the given size; kernel_h == 0: no pooling. Windows may
 // overlap, leave gaps, and reach over the borders, where only what is inside counts: a window with
 // nothing inside gives -infinity. At most 256 elements.
 struct PoolShape {
+  PoolKind kind;
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t out_height, out_width;
+  // Of an average: whether what lies in the padding counts among the elements that a sum is divided
+  // by; and what it is divided by instead, unless that is 0.
+  bool count_padding;
+  int64_t divisor;
 };
 
 // In an argmax: no element of the window gets a gradient. No position: a fused window holds at most
 // 9 elements.
 constexpr uint8_t kReluZero = 255;
 
+// input, bias, output and the rest are those of what is computed: of a transposed convolution, the
+// input is shaped like the shape's output, and bias, scale and shift have shape.channels elements.
 struct ConvForward {
   ConvShape shape;
   PoolShape pool;           // dilation 1
@@ -63,9 +89,11 @@ struct ConvForward {
   Activation activation;
   void* output;         // pooled, if there is a pool
   void* preactivation;  // shaped like the convolution's output, or null: not wanted
-  uint8_t* argmax;      // shaped like the pooled output, or null: not wanted. Position
+  uint8_t* argmax;      // or null: not wanted. Of a max-pool, shaped like its output: position
                         // i * kernel_w + j in its window of the first maximum; NaN counts as
-                        // larger. kReluZero where that maximum is a zero of relu
+                        // larger. kReluZero where that maximum is a zero of relu. Of an average
+                        // after relu, shaped like the convolution's output: 1 where relu let the
+                        // value through, else 0
 };
 
 struct ConvBackward {
@@ -92,7 +120,7 @@ struct ConvBackward {
   void* grad_shift;
 };
 
-struct MaxPool {
+struct Pooling {
   DType dtype;
   bool channels_last;
   int64_t batch, channels, height, width;  // of the input
@@ -109,12 +137,15 @@ struct ConvKernels {
                       const Parallel&);
   void (*forward)(const ConvForward&, const Parallel&);
   void (*backward)(const ConvBackward&, const Parallel&);
-  void (*max_pool_forward)(const MaxPool&, const void* input, void* output, uint8_t* argmax,
+  void (*max_pool_forward)(const Pooling&, const void* input, void* output, uint8_t* argmax,
                            const Parallel&);
   // grad_input is written everywhere; contributions of overlapping windows are added in float
   // (double for double).
-  void (*max_pool_backward)(const MaxPool&, const void* grad_output, const uint8_t* argmax,
+  void (*max_pool_backward)(const Pooling&, const void* grad_output, const uint8_t* argmax,
                             void* grad_input, const Parallel&);
+  void (*avg_pool_forward)(const Pooling&, const void* input, void* output, const Parallel&);
+  void (*avg_pool_backward)(const Pooling&, const void* grad_output, void* grad_input,
+                            const Parallel&);
 };
 
 FMK_KERNEL_TABLE(ConvKernels, conv_kernels)

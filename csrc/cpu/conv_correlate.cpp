@@ -48,25 +48,29 @@ struct Correlator {
     const bool readable = sizeof(D) == sizeof(T) * kPairOf<D> && channels % kPairOf<D> == 0;
     const bool vectors = !kDepthwise || channels % V::W == 0;
     const bool joinable = !kDepthwise && p.x.taps > 1 && p.x.step == 1;
-    in_place =
-        p.channels_last && readable && vectors && !(joinable && channel_words < kMinJoinedWords);
-    stage = {p.channels_last, groups, channels, p.y.in_size, p.x.in_size, p.x.offset, p.x.span()};
+    // Pointers into the padding of a row can say zeros only.
+    const bool repeats = p.padding != PaddingMode::kZeros &&
+                         (p.x.offset < 0 || p.x.offset + p.x.span() > p.x.in_size);
+    in_place = p.channels_last && readable && vectors && !repeats &&
+               !(joinable && channel_words < kMinJoinedWords);
+    stage = {p.channels_last, groups,     channels,   p.z.in_size * p.y.in_size,
+             p.x.in_size,     p.x.offset, p.x.span(), p.padding};
     const bool joined = joinable && !in_place;
     element_taps = joined ? p.x.taps : 1;
-    elements = p.y.taps * (p.x.taps / max_of<int64_t>(1, element_taps));
+    elements = p.row_taps() * (p.x.taps / max_of<int64_t>(1, element_taps));
     words = channel_words * element_taps;
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
-    direct = p.channels_last && p.pool.kernel_h == 0 && p.place_y.step == 1 && p.place_x.step == 1;
+    direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
-                          !p.preactivation);
+                          !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     divide(pool);
   }
 
   // Blocks of output rows; where there are too few pixels for that, panels are shared out instead.
   void divide(const Parallel& pool) {
     const bool pooled = p.pool.kernel_h > 0;
-    image_rows = pooled ? p.pool.out_height : p.y.out_size;
+    image_rows = pooled ? p.pool.out_height : p.out_rows();
     const int64_t rows = p.batch * image_rows, conv_rows = pooled ? p.pool.stride_h : 1;
     const int64_t row_pixels = conv_rows * p.x.out_size;
     const int64_t row_bytes = conv_rows * p.y.stride * sizeof(D) *
@@ -79,7 +83,7 @@ struct Correlator {
         min_of(per_block, max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes)));
     per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, image_rows));
     blocks = ceil_div(rows, per_block);
-    const double flops = 2.0 * static_cast<double>(p.batch * p.y.out_size * p.x.out_size) *
+    const double flops = 2.0 * static_cast<double>(p.batch * p.out_rows() * p.x.out_size) *
                          static_cast<double>(groups * out_channels * elements * element_taps) *
                          static_cast<double>(kDepthwise ? 16 : channels);
     const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
@@ -104,7 +108,7 @@ struct Correlator {
   void run_block(int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
     Block<D> block;
     find_pieces(row0, row1, &block);
-    gather_rows(p.input, p.y, stage, in_place, elements * kMaxTileRows + 8, &block);
+    gather_rows(p.input, p.z, p.y, stage, in_place, elements * kMaxTileRows + 8, &block);
     const int64_t pixels = block.rows * p.x.out_size;
     if constexpr (kDepthwise) {
       if (direct) {
@@ -166,7 +170,7 @@ struct Correlator {
   void find_pointers(const Block<D>& block, int64_t group, int64_t pixel, int n, int64_t e0,
                      int64_t e1, int64_t word) const {
     if (e0 == e1) return;
-    const int64_t taps = p.y.taps, row_elements = p.x.taps / element_taps;
+    const int64_t taps = p.row_taps(), row_elements = p.x.taps / element_taps;
     const D* const* rows[kMaxTileRows];
     int64_t x[kMaxTileRows];
     const int64_t start = in_place ? p.x.offset : 0;
@@ -356,8 +360,33 @@ struct Correlator {
   }
 };
 
+// A single long row per image (one axis) is cut: its pieces stay in the cache, and there is
+// something to share out.
+constexpr int64_t kSegmentPixels = 512;
+
+template <class T>
+Correlation<T> segment_of(const Correlation<T>& p, int64_t begin, int64_t end) {
+  Correlation<T> segment = p;
+  segment.x.out_size = end - begin;
+  segment.x.offset += begin * p.x.stride;
+  segment.place_x.first += begin * p.place_x.step;
+  return segment;
+}
+
 template <class T, class D, bool kDepthwise>
 void run(const Correlation<T>& p, const Parallel& pool) {
+  if (p.out_rows() == 1 && p.x.out_size >= 2 * kSegmentPixels && p.pool.kernel_h == 0) {
+    const int64_t length = p.x.out_size, segments = length / kSegmentPixels;
+    const int64_t shards = min_of<int64_t>(pool.threads, segments);
+    const Parallel alone{};
+    parallel_for(pool, shards, [&](int64_t shard) {
+      for (int64_t i = segments * shard / shards; i < segments * (shard + 1) / shards; ++i) {
+        const auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
+        Correlator<T, D, kDepthwise>(part, alone).run_shard(0);
+      }
+    });
+    return;
+  }
   const Correlator<T, D, kDepthwise> correlator(p, pool);
   parallel_for(pool, correlator.shards, [&](int64_t shard) { correlator.run_shard(shard); });
 }
@@ -366,9 +395,10 @@ void run(const Correlation<T>& p, const Parallel& pool) {
 
 template <class T>
 void correlate(const Correlation<T>& p, const Parallel& pool) {
-  const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.y.out_size;
+  const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.out_rows();
   if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
-  if (correlate_small_groups(p, pool)) return;
+  const bool planar = p.z.in_size == 1 && p.z.taps == 1 && p.in_order();
+  if (planar && p.padding == PaddingMode::kZeros && correlate_small_groups(p, pool)) return;
   if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
     run<T, Acc<T>, true>(p, pool);
   else

@@ -65,6 +65,18 @@ FMK_INLINE V pool_max(const WindowElements<typename V::Elem>& window, const S* o
   return largest;
 }
 
+// The sum over a window of vectors divided by `divisor`.
+template <class V, class S>
+FMK_INLINE V pool_average(const WindowElements<typename V::Elem>& window, const S* origin,
+                          int lanes, V divisor) {
+  V sum = zero<V>();
+  for (int i = 0; i < window.count; ++i) {
+    const S* from = origin + window.offset[i];
+    sum = sum + (lanes == V::W ? load(from) : load(from, lanes));
+  }
+  return sum / divisor;
+}
+
 template <class T>
 struct Finisher {
   using V = Vec<T>;
@@ -77,6 +89,23 @@ struct Finisher {
   bool finished = false;            // the rows have been through the epilogue
 
   int64_t total_channels() const { return p.groups * p.out_channels; }
+
+  // Output pixels [pixel, pixel + n) of an image, in the order in which they are computed, as runs
+  // that lie in a tensor shaped like the output `step` pixels apart: body(first, i, count, step),
+  // i counted from `pixel`.
+  template <class Body>
+  FMK_INLINE void for_runs(const Correlation<T>& p, int64_t pixel, int64_t n, const Body& body) {
+    if (p.in_order()) return body(pixel, int64_t(0), n, int64_t(1));
+    for (int64_t i = 0; i < n;) {
+      const int64_t row = (pixel + i) / p.x.out_size, x = pixel + i - row * p.x.out_size;
+      const int64_t count = min_of(n - i, p.x.out_size - x);
+      const int64_t z = row / p.y.out_size, y = row - z * p.y.out_size;
+      const int64_t plane = p.place_z.first + z * p.place_z.step;
+      const int64_t line = plane * p.place_y.size + p.place_y.first + y * p.place_y.step;
+      body(line * p.place_x.size + p.place_x.first + x * p.place_x.step, i, count, p.place_x.step);
+      i += count;
+    }
+  }
 
   // rows: accumulators [conv rows][p.x.out_size][width]; overwritten.
   void run(const Piece& piece, A* rows) const {
@@ -102,12 +131,26 @@ struct Finisher {
     return tensor + (image * total_channels() + channel) * pixels_per_image + pixel;
   }
 
-  // The stores of n pixels that are consecutive in the tensor, z[n][width].
+  // The stores of n pixels that lie `step` pixels apart in the tensor, z[n][width].
   void store_run(T* tensor, int64_t image, int64_t pixel, int64_t pixels_per_image, int64_t n,
-                 const A* z) const {
+                 const A* z, int64_t step = 1) const {
     T* to = pixel_of(tensor, image, pixel, pixels_per_image);
-    if (!p.channels_last) return pixels_to_planes<T>(z, width, n, columns, to, pixels_per_image);
-    for (int64_t i = 0; i < n; ++i) convert_from(z + i * width, to + i * total_channels(), columns);
+    if (p.channels_last) {
+      for (int64_t i = 0; i < n; ++i)
+        convert_from(z + i * width, to + i * step * total_channels(), columns);
+    } else if (step == 1) {
+      pixels_to_planes<T>(z, width, n, columns, to, pixels_per_image);
+    } else {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = 0; i < n; ++i)
+          narrow(to + j * pixels_per_image + i * step, z[i * width + j]);
+    }
+  }
+  // The same from any pixels of an image shaped like the output.
+  void store_pixels(T* tensor, int64_t image, int64_t pixel, int64_t n, const A* z) const {
+    for_runs(p, pixel, n, [&](int64_t first, int64_t i, int64_t count, int64_t step) {
+      store_run(tensor, image, first, p.placed_pixels(), count, z + i * width, step);
+    });
   }
   static void convert_from(const A* from, T* to, int64_t n) {
     int64_t i = 0;
@@ -116,7 +159,6 @@ struct Finisher {
   }
 
   void epilogue(const Piece& piece, int64_t pixel, int n, A* z) const {
-    const int64_t pixels_per_image = p.y.out_size * p.x.out_size;
     if (p.shift) {
       for (int64_t j = 0; j < width; j += V::W) {
         const V shift = load(p.shift + channel + j);
@@ -125,40 +167,56 @@ struct Finisher {
           store(z + i * width + j, fma(load(z + i * width + j), scale, shift));
       }
     }
-    if (p.residual) {
-      const T* from = pixel_of(p.residual, piece.image, pixel, pixels_per_image);
-      alignas(64) A turned[kStep * kMaxWidth];
-      if (!p.channels_last) planes_to_pixels(from, pixels_per_image, n, columns, turned, width);
-      for (int i = 0; i < n; ++i)
-        for (int64_t j = 0; j < columns; j += V::W) {
-          const int lanes = static_cast<int>(min_of<int64_t>(V::W, columns - j));
-          const V add = p.channels_last ? load(from + i * total_channels() + j, lanes)
-                                        : load(turned + i * width + j, lanes);
-          store(z + i * width + j, load(z + i * width + j) + add);
-        }
-    }
+    if (p.residual)
+      for_runs(p, pixel, n, [&](int64_t first, int64_t i, int64_t count, int64_t step) {
+        add_residual(piece.image, first, count, z + i * width, step);
+      });
     if (p.preactivation) {
       const int64_t skip = max_of<int64_t>(0, piece.own_begin * p.x.out_size - pixel);
       if (skip < n)
-        store_run(p.preactivation, piece.image, pixel + skip, pixels_per_image, n - skip,
-                  z + skip * width);
+        store_pixels(p.preactivation, piece.image, pixel + skip, n - skip, z + skip * width);
     }
     if (p.activation != Activation::kNone)
       for (int64_t j = 0; j < n * width; j += V::W)
         store(z + j, activate(p.activation, load(z + j)));
+    if (p.argmax && p.pool.kind == PoolKind::kAverage) {
+      const int64_t skip = max_of<int64_t>(0, piece.own_begin * p.x.out_size - pixel);
+      for (int64_t i = skip; i < n; ++i) store_mask(piece.image, pixel + i, z + i * width);
+    }
+  }
+
+  // z[n][width] += the residual of n pixels, `step` pixels apart.
+  void add_residual(int64_t image, int64_t pixel, int64_t n, A* z, int64_t step) const {
+    const int64_t pixels_per_image = p.placed_pixels();
+    const T* from = pixel_of(p.residual, image, pixel, pixels_per_image);
+    alignas(64) A turned[kStep * kMaxWidth];
+    if (!p.channels_last && step == 1) {
+      planes_to_pixels(from, pixels_per_image, n, columns, turned, width);
+    } else if (!p.channels_last) {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = 0; i < n; ++i)
+          turned[i * width + j] = widen(from[j * pixels_per_image + i * step]);
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < columns; j += V::W) {
+        const int lanes = static_cast<int>(min_of<int64_t>(V::W, columns - j));
+        const V add = p.channels_last ? load(from + i * step * total_channels() + j, lanes)
+                                      : load(turned + i * width + j, lanes);
+        store(z + i * width + j, load(z + i * width + j) + add);
+      }
+  }
+
+  // For an average-pool after relu: which values of a pixel relu let through.
+  void store_mask(int64_t image, int64_t pixel, const A* z) const {
+    const int64_t pixels = p.out_rows() * p.x.out_size;
+    uint8_t* to = pixel_of(p.argmax, image, pixel, pixels);
+    const int64_t step = p.channels_last ? 1 : pixels;
+    for (int64_t j = 0; j < columns; ++j) to[j * step] = z[j] > 0 || z[j] != z[j];
   }
 
   // n pixels to where they belong in the output image.
   void place(int64_t image, int64_t pixel, int n, const A* z) const {
-    const int64_t pixels_per_image = p.place_y.size * p.place_x.size;
-    if (p.place_y.step == 1 && p.place_x.step == 1)
-      return store_run(p.output, image, pixel, pixels_per_image, n, z);
-    for (int i = 0; i < n; ++i) {
-      const int64_t y = (pixel + i) / p.x.out_size, x = (pixel + i) % p.x.out_size;
-      const int64_t at = (p.place_y.first + y * p.place_y.step) * p.place_x.size + p.place_x.first +
-                         x * p.place_x.step;
-      store_run(p.output, image, at, pixels_per_image, 1, z + i * width);
-    }
+    store_pixels(p.output, image, pixel, n, z);
   }
 
   // The position of a maximum that relu let through, kReluZero where it is one of relu's zeros.
@@ -172,6 +230,7 @@ struct Finisher {
     const PoolShape& s = p.pool;
     const int64_t out_width = p.x.out_size, pixels_per_image = s.out_height * s.out_width;
     WindowElements<A> window;
+    const V divisor = splat(static_cast<A>(s.kernel_h * s.kernel_w));
     alignas(64) A best[kStep * kMaxWidth], positions[kStep * kMaxWidth];
     int pending = 0;
     bool window_inside = false;
@@ -187,7 +246,9 @@ struct Finisher {
         const A* origin = conv + ((y - piece.begin) * out_width + x) * width;
         A* to = best + pending * width;
         for (int64_t j = 0; j < width; j += V::W) {
-          if (p.argmax) {
+          if (s.kind == PoolKind::kAverage) {
+            store(to + j, pool_average(window, origin + j, V::W, divisor));
+          } else if (p.argmax) {
             V value, position;
             pool_max(window, origin + j, V::W, &value, &position);
             if (p.activation == Activation::kRelu) position = alive(value, position);
@@ -208,7 +269,7 @@ struct Finisher {
   void flush(int64_t image, int64_t pixel, int n, int64_t pixels_per_image, const A* best,
              const A* positions) const {
     store_run(p.output, image, pixel, pixels_per_image, n, best);
-    if (!p.argmax) return;
+    if (!p.argmax || p.pool.kind == PoolKind::kAverage) return;
     uint8_t* to = pixel_of(p.argmax, image, pixel, pixels_per_image);
     if (p.channels_last) {
       for (int i = 0; i < n; ++i)

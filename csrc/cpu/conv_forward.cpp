@@ -10,7 +10,9 @@ namespace fmk::FMK_ISA {
 namespace {
 
 ConvAlgorithm choose_algorithm(const ConvShape& s, bool exact) {
-  return !exact && winograd_pays(s) ? ConvAlgorithm::kWinograd4 : ConvAlgorithm::kDirect;
+  const bool planar = s.axes == 2 && s.padding_mode == PaddingMode::kZeros;
+  return !exact && planar && winograd_pays(s.transposed ? turned(s) : s) ? ConvAlgorithm::kWinograd4
+                                                                         : ConvAlgorithm::kDirect;
 }
 
 // Calls body with a null pointer of a type that Winograd is compiled for: all but double.
@@ -21,20 +23,12 @@ FMK_INLINE void with_winograd_type(DType dtype, const Body& body) {
   });
 }
 
+// The weight as Winograd reads it: of a transposed convolution with its taps turned.
 template <class T>
-WeightView<T> weight_view(const ConvShape& s, const T* weight) {
-  WeightView<T> view{};
-  const int64_t taps = s.kernel_h * s.kernel_w;
-  view.data = weight;
-  view.groups = s.groups;
-  view.columns = s.out_channels / s.groups;
-  view.reduction = s.channels / s.groups;
-  view.column_stride = view.reduction * taps;
-  view.group_stride = view.columns * view.column_stride;
-  view.reduction_stride = taps;
-  view.kernel_w = s.kernel_w;
-  view.y = {0, 1, s.kernel_h};
-  view.x = {0, 1, s.kernel_w};
+WeightView<T> winograd_view(const ConvShape& s, const T* weight) {
+  if (!s.transposed) return weight_view(s, weight);
+  WeightView<T> view = adjoint_view<T>(s, weight, nullptr);
+  view.y = view.x = {2, -1, 3};
   return view;
 }
 
@@ -42,9 +36,13 @@ size_t bytes_for(const ConvShape& s, ConvAlgorithm algorithm) {
   size_t bytes = 0;
   if (algorithm == ConvAlgorithm::kWinograd4) {
     with_winograd_type(s.dtype,
-                       [&](auto* type) { bytes = packed_winograd_bytes(weight_view(s, type)); });
+                       [&](auto* type) { bytes = packed_winograd_bytes(winograd_view(s, type)); });
   } else {
-    with_type(s.dtype, [&](auto* type) { bytes = packed_correlation_bytes(weight_view(s, type)); });
+    with_type(s.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      bytes = s.transposed ? packed_adjoint_bytes<T>(s)
+                           : packed_correlation_bytes(weight_view<T>(s, nullptr));
+    });
   }
   return bytes;
 }
@@ -54,12 +52,15 @@ void pack_for(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, v
   if (algorithm == ConvAlgorithm::kWinograd4) {
     with_winograd_type(s.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      pack_winograd_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
+      pack_winograd_weight(winograd_view(s, static_cast<const T*>(weight)), packed, pool);
     });
   } else {
     with_type(s.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
+      if (s.transposed)
+        pack_adjoint_weight(s, adjoint_view<T>(s, weight, nullptr), packed, pool);
+      else
+        pack_correlation_weight(weight_view(s, static_cast<const T*>(weight)), packed, pool);
     });
   }
 }
@@ -93,7 +94,8 @@ template <class T>
 void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shift) {
   *scale = *shift = nullptr;
   if (!p.bias && !p.scale && !p.shift) return;
-  const int64_t n = p.shape.out_channels, padded = n + kVectorSlack<T>;
+  const int64_t n = p.shape.transposed ? p.shape.channels : p.shape.out_channels;
+  const int64_t padded = n + kVectorSlack<T>;
   auto* terms = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
   Acc<T>*factors = terms + padded, *bias = factors + padded;
   widen_padded(static_cast<const Acc<T>*>(p.shift), n, padded, Acc<T>(0), terms);
@@ -126,18 +128,22 @@ template <class T>
 void forward_typed(const ConvForward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
   if constexpr (kFusedEpilogue<T>) {
-    if (is_pointwise<T>(s, p.pool)) return forward_pointwise<T>(p, pool);
+    if (s.axes < 3 && !s.transposed && is_pointwise<T>(s, p.pool))
+      return forward_pointwise<T>(p, pool);
   }
   const bool pool_fits = p.pool.kernel_h == 0 || p.pool.stride_h <= kWinogradMaxPoolStride;
   ConvAlgorithm algorithm = pool_fits ? p.algorithm : ConvAlgorithm::kDirect;
   Correlation<T> c{};
   c.channels_last = s.channels_last;
+  c.padding = s.padding_mode;
   c.batch = s.batch;
   c.groups = s.groups;
   c.channels = s.channels / s.groups;
   c.out_channels = s.out_channels / s.groups;
+  c.z = {s.depth, s.out_depth, s.kernel_d, s.stride_d, -s.padding_d, s.dilation_d};
   c.y = {s.height, s.out_height, s.kernel_h, s.stride_h, -s.padding_h, s.dilation_h};
   c.x = {s.width, s.out_width, s.kernel_w, s.stride_w, -s.padding_w, s.dilation_w};
+  c.place_z = {s.out_depth, 0, 1};
   c.place_y = {s.out_height, 0, 1};
   c.place_x = {s.out_width, 0, 1};
   c.input = static_cast<const T*>(p.input);
@@ -159,8 +165,14 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
   c.pool = p.pool;
   c.argmax = p.argmax;
   if constexpr (sizeof(T) <= 4) {
-    if (algorithm == ConvAlgorithm::kWinograd4) return correlate_winograd(c, pool);
+    if (algorithm == ConvAlgorithm::kWinograd4) {
+      if (s.transposed) turn(s, &c);
+      return correlate_winograd(c, pool);
+    }
   }
+  if (s.transposed)
+    return correlate_adjoint(s, adjoint_view<T>(s, p.weight, nullptr), c.weight, {0, s.depth},
+                             {0, s.height}, {0, s.width}, c, pool);
   correlate(c, pool);
 }
 
@@ -172,9 +184,9 @@ void forward(const ConvForward& p, const Parallel& pool) {
 }  // namespace
 
 const ConvKernels& conv_kernels() {
-  static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,  &pack_weight,
-                                     &forward,          &conv_backward, &max_pool_forward,
-                                     &max_pool_backward};
+  static constexpr ConvKernels table{&choose_algorithm,  &packed_bytes,     &pack_weight,
+                                     &forward,           &conv_backward,    &max_pool_forward,
+                                     &max_pool_backward, &avg_pool_forward, &avg_pool_backward};
   return table;
 }
 

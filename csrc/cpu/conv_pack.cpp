@@ -5,6 +5,13 @@
 namespace fmk::FMK_ISA {
 namespace {
 
+// The line-th row of taps of the view, counted over its planes, as a row of the kernel.
+template <class T>
+FMK_INLINE int64_t tap_row(const WeightView<T>& w, int64_t line) {
+  const int64_t tz = line / w.y.count, ty = line - tz * w.y.count;
+  return (w.z.first + tz * w.z.step) * w.kernel_h + w.y.first + ty * w.y.step;
+}
+
 // Sixteen columns of a forward weight, whose taps and input channels lie side by side: blocks are
 // turned in registers.
 #if defined(__AVX512F__)
@@ -38,8 +45,9 @@ void pack_vector(const WeightView<T>& w, int64_t group, int64_t column, int64_t 
   const T* src = w.data + group * w.group_stride + column * w.column_stride;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const int64_t taps = w.y.count * w.x.count;
-    const bool whole = taps == w.reduction_stride && w.y.first == 0 && w.x.first == 0;
+    const int64_t taps = w.taps();
+    const bool whole =
+        taps == w.reduction_stride && w.z.first == 0 && w.y.first == 0 && w.x.first == 0;
     if (whole && valid == W && !w.reduction_scale)
       return pack_columns_f32(src, w.column_stride, w.reduction, taps, dst, width);
   }
@@ -55,8 +63,8 @@ void pack_vector(const WeightView<T>& w, int64_t group, int64_t column, int64_t 
     for (int64_t i = 0; i < W; ++i) {
       Word<T>* to = dst + word * width + i;
       const T* from = src + first * w.reduction_stride + i * w.column_stride;
-      for (int64_t ty = 0; ty < w.y.count; ++ty) {
-        const T* row = from + (w.y.first + ty * w.y.step) * w.kernel_w;
+      for (int64_t line = 0; line < w.z.count * w.y.count; ++line) {
+        const T* row = from + tap_row(w, line) * w.kernel_w;
         for (int64_t tx = 0; tx < w.x.count; ++tx, to += words * width) {
           if (i >= valid) {
             make_word(to, 0, 0);
@@ -74,9 +82,9 @@ void pack_vector(const WeightView<T>& w, int64_t group, int64_t column, int64_t 
 template <class T>
 void pack_depthwise(const WeightView<T>& w, Acc<T>* dst) {
   const int64_t width = ceil_div(w.groups, Vec<T>::W) * Vec<T>::W;
-  for (int64_t ty = 0; ty < w.y.count; ++ty)
+  for (int64_t line = 0; line < w.z.count * w.y.count; ++line)
     for (int64_t tx = 0; tx < w.x.count; ++tx, dst += width) {
-      const T* tap = w.data + (w.y.first + ty * w.y.step) * w.kernel_w + w.x.first + tx * w.x.step;
+      const T* tap = w.data + tap_row(w, line) * w.kernel_w + w.x.first + tx * w.x.step;
       for (int64_t group = 0; group < w.groups; ++group)
         dst[group] = widen(tap[group * w.group_stride]) *
                      (w.reduction_scale ? w.reduction_scale[group] : Acc<T>(1));
@@ -88,7 +96,7 @@ void pack_depthwise(const WeightView<T>& w, Acc<T>* dst) {
 
 template <class T>
 size_t packed_correlation_bytes(const WeightView<T>& w) {
-  const int64_t taps = w.y.count * w.x.count;
+  const int64_t taps = w.taps();
   if (w.depthwise())
     return static_cast<size_t>(taps * ceil_div(w.groups, Vec<T>::W) * Vec<T>::W) * sizeof(Acc<T>);
   return static_cast<size_t>(w.groups * packed_words<T>(w.columns, 1) * taps *
@@ -101,7 +109,7 @@ void pack_correlation_weight(const WeightView<T>& w, void* packed, const Paralle
   if (w.depthwise()) return pack_depthwise(w, static_cast<Acc<T>*>(packed));
   using V = Vec<T>;
   const auto split = PanelSplit<V>::of(w.columns);
-  const int64_t length = w.y.count * w.x.count * words_of<T>(w.reduction);
+  const int64_t length = w.taps() * words_of<T>(w.reduction);
   const int64_t units = w.groups * split.vecs;
   const int64_t shards = units * length * V::W < 32768 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {

@@ -2,7 +2,7 @@
 // micro-kernel reads and writes: rows of an image of either layout to words, and back to planes.
 #pragma once
 
-#include "cpu/pack.h"
+#include "cpu/conv_internal.h"
 
 namespace fmk::FMK_ISA {
 
@@ -124,13 +124,15 @@ FMK_NOINLINE void pixels_to_planes(const Acc<T>* src, int64_t ld, int64_t pixels
 }
 
 // Which part of an image's rows is staged and how: [group][pixels][words of the group's channels],
-// position p of a row being pixel offset + p of the image, zero where there is none.
+// position p of a row being pixel offset + p of the image, and what the padding mode says where
+// there is none.
 template <class T, class D>
 struct RowStage {
   bool channels_last;
   int64_t groups, channels;  // per group
-  int64_t height, width;     // of the image
+  int64_t height, width;     // of the image; height counts the rows of all its planes
   int64_t offset, pixels;
+  PaddingMode padding = PaddingMode::kZeros;
 
   int64_t words() const { return ceil_div(channels, kPairOf<D>); }
   int64_t group_words() const { return pixels * words(); }
@@ -142,8 +144,14 @@ struct RowStage {
     const int64_t begin = min_of(pixels, max_of<int64_t>(0, -offset));
     const int64_t end = max_of(begin, min_of(pixels, width - offset));
     for (int64_t group = 0; group < groups; ++group, dst += group_words()) {
-      clear(dst, begin * n);
-      clear(dst + end * n, (pixels - end) * n);
+      if (padding == PaddingMode::kZeros) {
+        clear(dst, begin * n);
+        clear(dst + end * n, (pixels - end) * n);
+      } else {
+        for (int64_t p = 0; p < begin; ++p) repeat(image, y, group, p, dst + p * n);
+        for (int64_t p = end; p < pixels; ++p) repeat(image, y, group, p, dst + p * n);
+      }
+      if (end == begin) continue;
       if (!channels_last) {
         const T* src = image + (group * channels * height + y) * width + offset + begin;
         planes_to_pixels(src, height * width, end - begin, channels, dst + begin * n, n);
@@ -160,6 +168,15 @@ struct RowStage {
   }
 
  private:
+  // Position p of a row, which lies outside the image.
+  void repeat(const T* image, int64_t y, int64_t group, int64_t p, D* dst) const {
+    const int64_t x = padded_position(padding, offset + p, width);
+    if (channels_last)
+      copy(image + (y * width + x) * groups * channels + group * channels, dst, channels);
+    else
+      planes_to_pixels(image + (group * channels * height + y) * width + x, height * width, 1,
+                       channels, dst, words());
+  }
   static void clear(D* dst, int64_t n) {
     if (n > 0) std::memset(static_cast<void*>(dst), 0, n * sizeof(D));
   }

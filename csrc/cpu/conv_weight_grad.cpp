@@ -47,17 +47,18 @@ struct WeightGrad {
     groups = depthwise ? 1 : p.groups;
     channels = depthwise ? p.groups : p.channels;
     out_channels = depthwise ? p.groups : p.out_channels;
-    stage = {p.channels_last, groups, channels, p.y.in_size, p.x.in_size, p.x.offset, p.x.span()};
+    stage = {p.channels_last, groups,     channels,   p.z.in_size * p.y.in_size,
+             p.x.in_size,     p.x.offset, p.x.span(), p.padding};
     split = PanelSplit<V>::of(out_channels);
     const bool joined = p.x.step == 1 || p.x.taps == 1;
     run_rows = joined ? p.x.taps * channels : channels;
     runs = joined ? 1 : p.x.taps;
-    panel_rows = depthwise ? p.y.taps * p.x.taps : p.y.taps * p.x.taps * channels;
+    panel_rows = depthwise ? p.row_taps() * p.x.taps : p.row_taps() * p.x.taps * channels;
     const int64_t sums = groups * split.padded_columns();
     buffer = sums * panel_rows + sums;
-    rows = p.batch * p.y.out_size;
+    rows = p.batch * p.out_rows();
     int64_t per_block = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, p.x.out_size));
-    per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, p.y.out_size));
+    per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, p.out_rows()));
     blocks = ceil_div(rows, per_block);
     const double flops =
         2.0 * static_cast<double>(rows * p.x.out_size) * static_cast<double>(buffer);
@@ -81,15 +82,15 @@ struct WeightGrad {
     Block<A> block;
     for (int64_t row = row0; row < row1;) {
       Piece piece{};
-      piece.image = row / p.y.out_size;
-      piece.begin = piece.out_begin = row - piece.image * p.y.out_size;
-      piece.end = piece.out_end = min_of(p.y.out_size, piece.begin + row1 - row);
+      piece.image = row / p.out_rows();
+      piece.begin = piece.out_begin = row - piece.image * p.out_rows();
+      piece.end = piece.out_end = min_of(p.out_rows(), piece.begin + row1 - row);
       piece.first_row = block.rows;
       block.rows += piece.end - piece.begin;
       block.pieces[block.piece_count++] = piece;
       row += piece.end - piece.begin;
     }
-    if (p.grad_weight) gather_rows(p.input, p.y, stage, false, block.rows, &block);
+    if (p.grad_weight) gather_rows(p.input, p.z, p.y, stage, false, block.rows, &block);
     for (int64_t index = 0; index < groups * split.count; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
@@ -108,7 +109,7 @@ struct WeightGrad {
   // The block's pixels of the gradient as a panel [pixels][width].
   const A* pack_grads(const Block<A>& block, int64_t channel, int64_t columns,
                       int64_t width) const {
-    const int64_t total = groups * out_channels, image = p.y.out_size * p.x.out_size;
+    const int64_t total = groups * out_channels, image = p.out_rows() * p.x.out_size;
     if constexpr (sizeof(T) == sizeof(A)) {
       const Piece& first = block.pieces[0];
       if (p.channels_last && groups == 1 && width == total)
@@ -161,12 +162,12 @@ struct WeightGrad {
     const auto tiles = RowTiles::of(run_rows, vecs);
     // Tiles outermost: the taps of a tile's channels find them in L1.
     for (int64_t t = 0; t < tiles.tiles; ++t)
-      for (int64_t ty = 0; ty < p.y.taps; ++ty)
+      for (int64_t ty = 0; ty < p.row_taps(); ++ty)
         for (int64_t run = 0; run < runs; ++run) {
           const int64_t offset =
               group * stage.group_words() + run * p.x.step * channels + tiles.begin(t);
           for (int64_t row = 0; row < block.rows; ++row)
-            block.pointers[row] = block.table[row * p.y.taps + ty] + offset;
+            block.pointers[row] = block.table[row * p.row_taps() + ty] + offset;
           A* to = products + ((ty * runs + run) * run_rows + tiles.begin(t)) * width;
           in.init = to;
           run_tile<M, true>(tiles.rows(t), vecs, in, StoreAccumulators<V>{to, width});
@@ -179,13 +180,13 @@ struct WeightGrad {
     constexpr int64_t kTaps = 4;  // taps of a kernel row that share the loads of the gradient
     const int64_t padded = split.padded_columns();
     for (int64_t j = 0; j < width; j += V::W)
-      for (int64_t ty = 0; ty < p.y.taps; ++ty)
+      for (int64_t ty = 0; ty < p.row_taps(); ++ty)
         for (int64_t tx = 0; tx < p.x.taps; tx += kTaps) {
           const int64_t taps = min_of(kTaps, p.x.taps - tx);
           V sum[kTaps] = {zero<V>(), zero<V>(), zero<V>(), zero<V>()};
           for (int64_t row = 0; row < block.rows; ++row) {
             const A* from =
-                block.table[row * p.y.taps + ty] + tx * p.x.step * channels + column + j;
+                block.table[row * p.row_taps() + ty] + tx * p.x.step * channels + column + j;
             const A* grad = grads + row * p.x.out_size * width + j;
             const int64_t tap_step = p.x.step * channels;
             for (int64_t x = 0; x < p.x.out_size;
@@ -227,7 +228,7 @@ struct WeightGrad {
     if (p.grad_shift) store(p.grad_shift + channel, sum, static_cast<int>(valid));
     if (p.grad_bias) store(p.grad_bias + channel, sum * scale, static_cast<int>(valid));
     if (!p.grad_weight) return;
-    const int64_t taps = p.y.taps * p.x.taps;
+    const int64_t taps = p.row_taps() * p.x.taps;
     if (depthwise) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         A values[V::W];

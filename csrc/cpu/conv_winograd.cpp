@@ -198,9 +198,11 @@ class BlockRunner {
  public:
   BlockRunner(const Correlation<T>& p, const Plan& plan) : p_(p), plan_(plan) {
     const PoolShape& q = p.pool;
-    const bool clamps = p.activation <= Activation::kRelu6 && !p.preactivation;
+    const bool average = q.kernel_h && q.kind == PoolKind::kAverage;
+    const bool clamps =
+        p.activation <= Activation::kRelu6 && !p.preactivation && !(average && p.argmax);
     const bool halves = q.kernel_h == 2 && q.kernel_w == 2 && q.stride_h == 2 && q.stride_w == 2 &&
-                        !q.padding_h && !q.padding_w && !p.argmax && !p.residual;
+                        !q.padding_h && !q.padding_w && !average && !p.argmax && !p.residual;
     pooled_ = halves && clamps && p.channels_last;
     direct_ = clamps && p.channels_last && (!q.kernel_h || pooled_);
     finished_ = direct_ || (clamps && !p.residual);

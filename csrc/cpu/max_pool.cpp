@@ -93,7 +93,7 @@ void pool_plane_row(const PoolShape& s, const T* plane, int64_t height, int64_t 
 }
 
 template <class T>
-void forward_typed(const MaxPool& m, const T* input, T* output, uint8_t* argmax,
+void forward_typed(const Pooling& m, const T* input, T* output, uint8_t* argmax,
                    const Parallel& pool) {
   using V = Vec<T>;
   using A = Acc<T>;
@@ -165,7 +165,7 @@ FMK_INLINE V load_positions(const uint8_t* p, int lanes) {
 // sums[x] += the gradients of one row of windows whose maximum lies in kernel row base / kernel_w.
 // A position that is none of a window's matches nothing, and its gradient goes nowhere.
 template <class T>
-void unpool_pixels(const MaxPool& m, int64_t base, const T* grad, const uint8_t* positions,
+void unpool_pixels(const Pooling& m, int64_t base, const T* grad, const uint8_t* positions,
                    Acc<T>* sums) {
   using V = Vec<T>;
   using A = Acc<T>;
@@ -208,7 +208,7 @@ FMK_INLINE void store_interleaved(typename V::Elem* p, V a, V b) {
 
 // No branches on positions: they are as good as random.
 template <class T>
-void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const uint8_t* positions,
+void unpool_plane(const Pooling& m, int64_t base, const T* grad, const uint8_t* positions,
                   Acc<T>* sums) {
   using V = Vec<T>;
   using A = Acc<T>;
@@ -241,7 +241,7 @@ void unpool_plane(const MaxPool& m, int64_t base, const T* grad, const uint8_t* 
 
 // Every input row gathers from the windows over it, so no two threads write to one place.
 template <class T>
-void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, T* grad_input,
+void unpool(const Pooling& m, const T* grad_output, const uint8_t* argmax, T* grad_input,
             const Parallel& pool) {
   using V = Vec<T>;
   using A = Acc<T>;
@@ -278,7 +278,7 @@ void unpool(const MaxPool& m, const T* grad_output, const uint8_t* argmax, T* gr
 
 }  // namespace
 
-void max_pool_forward(const MaxPool& m, const void* input, void* output, uint8_t* argmax,
+void max_pool_forward(const Pooling& m, const void* input, void* output, uint8_t* argmax,
                       const Parallel& pool) {
   with_type(m.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -286,7 +286,7 @@ void max_pool_forward(const MaxPool& m, const void* input, void* output, uint8_t
   });
 }
 
-void max_pool_backward(const MaxPool& m, const void* grad_output, const uint8_t* argmax,
+void max_pool_backward(const Pooling& m, const void* grad_output, const uint8_t* argmax,
                        void* grad_input, const Parallel& pool) {
   with_type(m.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -120,7 +120,7 @@ def why_kept(module: nn.Module) -> str:
         return "it is quantized, or prepared for quantization"
     if isinstance(module, LazyModuleMixin):
         return "its parameters are not initialised yet: run one batch through the model first"
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) and not _takes_parametrizations(module):
         names = ", ".join(module.parametrizations)
         return f"its {names} is computed by a parametrization"
     if type(module) is NonDynamicallyQuantizableLinear:
@@ -131,13 +131,21 @@ def why_kept(module: nn.Module) -> str:
         return reason or ("it has state_dict hooks" if _has_state_hooks(module) else "")
     if counterpart_of(base) is None:
         return f"fmkernels has no {base.__name__} layer"
-    reason = _why_special(module, base) or _why_parameters(module)
+    special = "" if parametrize.is_parametrized(module) else _why_special(module, base)
+    reason = special or _why_parameters(module)
     if reason:
         return reason
     for path, part in module.named_modules():
         if path and (reason := _why_part(part)):
             return f"its {path}: {reason}"
     return ""
+
+
+def _takes_parametrizations(module: nn.Module) -> bool:
+    """A convolution whose weight is computed (torch.nn.utils.parametrizations) stays so."""
+    computed = set(module.parametrizations) <= {"weight", "bias"}
+    plain = type(module).__mro__[1] is base_of(module)
+    return family_of(module) == "conv" and computed and plain
 
 
 def _why_special(module: nn.Module, base: type[nn.Module]) -> str:

@@ -7,6 +7,7 @@ odd sizes, single elements, channel counts on both sides of a vector's width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,15 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case of every op, family by family."""
-    return [*conv_cases(), *max_pool_cases(), *linear_cases(), *rnn_cases(), *attention_cases()]
+    return [
+        *conv_cases(),
+        *conv_axes_cases(),
+        *max_pool_cases(),
+        *avg_pool_cases(),
+        *linear_cases(),
+        *rnn_cases(),
+        *attention_cases(),
+    ]
 
 
 # Activations with a corner. A pre-activation next to it may fall on either side by one rounding,
@@ -161,9 +170,6 @@ def _conv(
         exact=activation in _CORNERED or pool is not None,
     )
     options = {"geometry": geometry, "activation": activation, "pool": pool}
-    # A conv computed here with a trainable scale is composed from separate ops, see
-    # functional.conv2d; the fused scale is the one that takes no gradient (a batch norm in
-    # evaluation).
     return Case(
         "conv",
         "conv2d",
@@ -171,7 +177,6 @@ def _conv(
         make,
         partial(_our_conv, **options),
         partial(_torch_conv, **options),
-        constants=("scale",) if affine else (),
     )
 
 
@@ -209,6 +214,56 @@ def conv_cases() -> Iterator[Case]:
         for activation in _activations.NAMES:
             yield conv(activation, (2, 8, 6, 7), 18, padding=1, activation=activation)
     yield _conv("3x3", layout="sliced", padding=1)
+
+
+def _axes_case(name, ours, theirs, shape, weight, **options) -> Case:
+    """A convolution of any form, with bias; ``options`` are torch's."""
+    fan_in = math.prod(weight) // (weight[1] if ours.__name__.startswith("conv_t") else weight[0])
+
+    def make(generator: torch.Generator) -> Named:
+        return {
+            "input": _normal(generator, *shape),
+            "weight": _normal(generator, *weight) * fan_in**-0.5,
+        }
+
+    return Case(
+        "conv",
+        ours.__name__,
+        name,
+        make,
+        lambda x, b: ours(x["input"], x["weight"], **options, backend=b),
+        lambda x: theirs(x["input"], x["weight"], **options),
+    )
+
+
+def conv_axes_cases() -> Iterator[Case]:
+    f = functional
+    yield _axes_case("5 taps", f.conv1d, F.conv1d, (2, 16, 50), (24, 16, 5), padding=2)
+    yield _axes_case("stride 5", f.conv1d, F.conv1d, (2, 1, 1500), (32, 1, 10), stride=5)
+    yield _axes_case("depthwise", f.conv1d, F.conv1d, (2, 20, 40), (20, 1, 4), groups=20)
+    yield _axes_case("3x3x3", f.conv3d, F.conv3d, (1, 8, 5, 7, 6), (16, 8, 3, 3, 3), padding=1)
+    transposed = (
+        (f.conv_transpose1d, F.conv_transpose1d, 1),
+        (f.conv_transpose2d, F.conv_transpose2d, 2),
+        (f.conv_transpose3d, F.conv_transpose3d, 3),
+    )
+    for ours, theirs, dims in transposed:
+        shape, weight = (2, 8, *(5,) * dims), (8, 12, *(3,) * dims)
+        options = {"stride": 2, "padding": 1, "output_padding": 1}
+        yield _axes_case("stride 2", ours, theirs, shape, weight, **options)
+
+
+def avg_pool_cases() -> Iterator[Case]:
+    for layout in ("contiguous", "channels_last"):
+        for name, options in (("2x2", (2,)), ("3x3 stride 2, uncounted", (3, 2, 1, True, False))):
+            yield Case(
+                "conv",
+                "avg_pool2d",
+                f"{name} {layout}",
+                lambda g, to=layout: {"input": _laid_out(_normal(g, 2, 21, 9, 11), to)},
+                lambda x, b, o=options: functional.avg_pool2d(x["input"], *o, backend=b),
+                lambda x, o=options: F.avg_pool2d(x["input"], *o),
+            )
 
 
 def max_pool_cases() -> Iterator[Case]:

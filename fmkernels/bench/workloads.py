@@ -173,6 +173,10 @@ def _on_image(build: Callable[[], nn.Module], *size: int) -> tuple[nn.Module, In
     return _settled(build()), (torch.randn(size),)
 
 
+def _layer(kind: type, shape: tuple[int, ...], *arguments: Any, **options: Any):
+    return kind(shape[1], *arguments, **options), (torch.randn(shape),)
+
+
 def _linear(rows: int, out: int, features: int) -> tuple[nn.Module, Inputs]:
     return nn.Linear(features, out), (torch.randn(rows, features),)
 
@@ -374,6 +378,25 @@ WORKLOADS: tuple[Workload, ...] = (
             ("MobileNetV2", cnn_stacks.mobilenet_v2),
         )
         for batch in (1, 8)
+    ),
+    Workload(
+        "conv1d 10 taps stride 5 8x64x8000->64",
+        "conv",
+        partial(_layer, nn.Conv1d, (8, 64, 8000), 64, 10, 5),
+    ),
+    Workload(
+        "conv1d depthwise causal 8x256x2048",
+        "conv",
+        partial(_layer, nn.Conv1d, (8, 256, 2048), 256, 4, padding=3, groups=256),
+    ),
+    Workload(
+        "conv3d 3x3x3 2x32x16x28x28->32",
+        "conv",
+        partial(_layer, nn.Conv3d, (2, 32, 16, 28, 28), 32, 3, padding=1),
+    ),
+    conv(
+        "conv transposed 2x2 stride 2 8x128x28x28->64",
+        build=partial(_layer, nn.ConvTranspose2d, (8, 128, 28, 28), 64, 2, 2),
     ),
     linear("linear 512x512x512", build=partial(_linear, 512, 512, 512), quick=True),
     linear("linear 256x256x256", build=partial(_linear, 256, 256, 256)),

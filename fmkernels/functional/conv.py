@@ -516,7 +516,7 @@ def _finish(
     kind, window = parse_pool(pool, dims)
     if kind is not None:
         check_window("pool: the conv's output", output_shape[1:], window, False)
-        if fuses_pool(window[0]):
+        if fuses_pool(window[0], options):
             options = options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
     output = autograd.conv(
         input.unsqueeze(0) if unbatched else input,

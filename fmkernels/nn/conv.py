@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fmkernels import _checks
 from fmkernels import functional as F
@@ -72,7 +73,10 @@ class _FusedConv(Freezable):
             backend=backend,
             **transposed,
         )
-        adopt(layer, module)
+        if parametrize.is_parametrized(module):
+            _adopt_parametrized(layer, module)
+        else:
+            adopt(layer, module)
         return layer
 
     def _extras(self) -> dict[str, Any]:
@@ -97,6 +101,22 @@ class _FusedConv(Freezable):
         if self.pool is not None:
             extras += f", pool={self.pool!r}"
         return super().extra_repr() + extras
+
+
+def _adopt_parametrized(layer: _FusedConv, module: nn.Module) -> None:
+    """As adopt(), for a module whose weight or bias is computed by torch's parametrizations.
+
+    The layer computes them by the very same ones. As torch does it, its class becomes one of its
+    own with properties of their names.
+    """
+    for name in module.parametrizations:
+        del layer._parameters[name]
+    adopt(layer, module)
+    layer._modules["parametrizations"] = module.parametrizations
+    kind, inherited = type(layer), vars(type(module))
+    names = (*module.parametrizations, "__getstate__", "__deepcopy__")
+    members = {name: inherited[name] for name in names if name in inherited}
+    layer.__class__ = type(f"Parametrized{kind.__name__}", (kind,), members)
 
 
 class _ForwardConv(_FusedConv):

@@ -94,7 +94,8 @@ def conv(
     input, weight, bias, residual = cast_for_autocast(input, weight, bias, residual)
     if weight is not raw_weight:
         packed_weight = None
-    if options.pool is not None and not fuses_pool(window_parts(options.window)[0]):
+    window = window_parts(options.window)
+    if options.pool is not None and not fuses_pool(window[0], options):
         bare = options._replace(pool=None, window=())
         output = conv(input, weight, bias, scale, shift, residual, packed_weight, bare, backend)
         return pool(output, options.pool, options.window, backend)

@@ -34,36 +34,33 @@ _NATIVE_AVG_POOL = native_ops_support("avg_pool_forward", "avg_pool_backward")
 _NATIVE_NORM = native_ops_support("channel_norm_forward", "channel_norm_backward")
 
 
-def fuses_pool(kernel_size: Sequence[int]) -> bool:
-    """Whether a pool of this window belongs into the ops that have a pool in their epilogue."""
-    return tuple(kernel_size) in FUSED_POOL_WINDOWS
+def fuses_pool(kernel_size: Sequence[int], options: ConvOptions | None = None) -> bool:
+    """Whether a pool of this window belongs into the ops that have a pool in their epilogue.
+
+    A transposed convolution of a larger stride computes neighbouring outputs apart.
+    """
+    apart = options is not None and options.transposed and max(options.stride) > 1
+    return tuple(kernel_size) in FUSED_POOL_WINDOWS and not apart
 
 
 def _cpu_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
-    if len(options.stride) != 2:
-        return Support(False, f"has no {len(options.stride)}-dimensional convolution")
-    if options.transposed:
-        return Support(False, "has no transposed convolution")
-    if options.padding_mode != "zeros":
-        return Support(False, f"has no {options.padding_mode} padding")
-    if options.pool == "avg":
-        return Support(False, "has no average pooling")
     return native_cpu_support(input, _NATIVE_CONV)
 
 
 def _cpu_supports_max_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
-    if len(kernel_size) != 2:
-        return Support(False, f"has no {len(kernel_size)}-dimensional pooling")
-    return _native_max_pool_support(input, kernel_size)
-
-
-def _native_max_pool_support(input: Tensor, kernel_size: Sequence[int]) -> Support:
-    support = _reference_supports_max_pool(input, kernel_size)
-    return native_cpu_support(input, _NATIVE_MAX_POOL) if support.ok else support
+    for support in (_few_axes(kernel_size), _reference_supports_max_pool(input, kernel_size)):
+        if not support.ok:
+            return support
+    return native_cpu_support(input, _NATIVE_MAX_POOL)
 
 
 def _cpu_supports_avg_pool(input: Tensor, kernel_size: Sequence[int]) -> Support:
-    return native_cpu_support(input, _NATIVE_AVG_POOL)
+    support = _few_axes(kernel_size)
+    return native_cpu_support(input, _NATIVE_AVG_POOL) if support.ok else support
+
+
+def _few_axes(kernel_size: Sequence[int]) -> Support:
+    return SUPPORTED if len(kernel_size) < 3 else Support(False, "pools over at most two axes")
 
 
 def _cpu_supports_norm(input: Tensor) -> Support:

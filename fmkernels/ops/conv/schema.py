@@ -21,6 +21,8 @@ conv_forward computes
 ``exact`` forbids algorithms with a larger error than direct summation (Winograd). A weight packed
 without it may be passed to a forward with it: the forward then packs anew if it has to.
 
+A transposed convolution of a stride above 1 takes no pool.
+
 conv_backward returns gradients of the inputs' dtypes and shapes. It reads ``bias`` only for
 ``need_scale``. An output that is not asked for is an empty tensor of shape (0,).
 """

@@ -1,0 +1,437 @@
+#include "cpu/channel_norm.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/conv_internal.h"
+#include "cpu/reduce.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+constexpr int64_t kSerialElements = 32768;
+constexpr int64_t kRun = 256;             // values whose mean is taken at a time
+constexpr int64_t kBandElements = 32768;  // of an image, normalised before they are pooled
+
+// A lane is a channel (channels last) or a pixel. Work is shared out as units: a vector of channels
+// of one image, or a channel of one image; either visits its pixels once.
+template <class T>
+struct Worker {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const ChannelNorm& p;
+  int64_t pixels, units_per_image;
+
+  explicit Worker(const ChannelNorm& norm) : p(norm) {
+    pixels = p.height * p.width;
+    units_per_image = p.channels_last ? ceil_div(p.channels, V::W) : p.channels;
+  }
+  static int64_t padded(int64_t channels) { return channels + V::W; }
+  int64_t image_size() const { return p.channels * pixels; }
+  int64_t first_channel(int64_t unit) const { return p.channels_last ? unit * V::W : unit; }
+
+  template <class Body>
+  void for_units(const Parallel& pool, const Body& body) const {
+    const int64_t units = p.batch * units_per_image;
+    const int64_t shards =
+        p.batch * image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
+    parallel_for(pool, shards, [&](int64_t shard) {
+      for (int64_t u = units * shard / shards; u < units * (shard + 1) / shards; ++u)
+        body(u / units_per_image, u % units_per_image);
+    });
+  }
+
+  // body(offset in the image, lanes) for pixels [begin, end) of a unit.
+  template <class Body>
+  FMK_LAMBDA void visit(int64_t unit, int64_t begin, int64_t end, const Body& body) const {
+    if (p.channels_last) {
+      const int lanes = static_cast<int>(min_of<int64_t>(V::W, p.channels - unit * V::W));
+      for (int64_t i = begin; i < end; ++i) body(i * p.channels + unit * V::W, lanes);
+    } else {
+      int64_t i = begin;
+      for (; i + V::W <= end; i += V::W) body(unit * pixels + i, int(V::W));
+      if (i < end) body(unit * pixels + i, static_cast<int>(end - i));
+    }
+  }
+  // What belongs to the lanes of a unit, of numbers per channel.
+  V lanes_of(const A* per_channel, int64_t unit) const {
+    return p.channels_last ? load(per_channel + unit * V::W) : splat(per_channel[unit]);
+  }
+  // Sums over a unit's lanes, one number per channel.
+  void store_sums(V sum, int64_t unit, A* per_channel) const {
+    if (p.channels_last)
+      store(per_channel + unit * V::W, sum,
+            static_cast<int>(min_of<int64_t>(V::W, p.channels - unit * V::W)));
+    else
+      per_channel[unit] = reduce_add(sum);
+  }
+  static V read(const T* from, int lanes) { return lanes == V::W ? load(from) : load(from, lanes); }
+  static void write(T* to, V value, int lanes) {
+    if (lanes == V::W)
+      store(to, value);
+    else
+      store(to, value, lanes);
+  }
+};
+
+// Counts, means and summed squares of deviations of two sets make those of their union (Chan, Golub
+// and LeVeque 1979).
+template <class A>
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void add(double n, double m, double s) {
+    if (n == 0) return;
+    const double total = count + n, delta = m - mean;
+    mean += delta * (n / total);
+    squares += s + delta * delta * (count * n / total);
+    count = total;
+  }
+};
+
+// moments[image][2][channels]: mean and summed squares of deviations of each image's channels.
+template <class T>
+void image_moments(const Worker<T>& w, const T* input, Acc<T>* moments, const Parallel& pool) {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const int64_t channels = w.p.channels, padded = Worker<T>::padded(channels);
+  w.for_units(pool, [&](int64_t image, int64_t unit) {
+    const T* from = input + image * w.image_size();
+    A* means = moments + image * 2 * padded;
+    V mean = zero<V>(), squares = zero<V>();
+    Moments<A> whole;
+    const int64_t run = w.p.channels_last ? kRun : kRun * V::W;
+    for (int64_t begin = 0; begin < w.pixels; begin += run) {
+      const int64_t end = min_of(w.pixels, begin + run), n = end - begin;
+      V sum = zero<V>();
+      w.visit(unit, begin, end,
+              [&](int64_t at, int lanes) { sum = sum + w.read(from + at, lanes); });
+      V centre = sum / splat_as<V>(static_cast<A>(n));
+      if (!w.p.channels_last) centre = splat(reduce_add(sum) / static_cast<A>(n));
+      V deviation = zero<V>();
+      w.visit(unit, begin, end, [&](int64_t at, int lanes) {
+        V d = w.read(from + at, lanes) - centre;
+        if (lanes < V::W) {  // nothing from the lanes that are not there
+          alignas(64) A values[V::W];
+          store(values, d);
+          d = load(values, lanes);
+        }
+        deviation = fma(d, d, deviation);
+      });
+      if (w.p.channels_last) {
+        const A share = static_cast<A>(n) / static_cast<A>(end);
+        const V delta = centre - mean;
+        mean = fma(delta, splat(share), mean);
+        squares = squares + fma(delta * delta, splat(share * static_cast<A>(begin)), deviation);
+      } else {
+        alignas(64) A first[V::W];
+        store(first, centre);
+        whole.add(static_cast<double>(n), first[0], reduce_add(deviation));
+      }
+    }
+    if (w.p.channels_last) {
+      w.store_sums(mean, unit, means);
+      w.store_sums(squares, unit, means + padded);
+    } else {
+      means[unit] = static_cast<A>(whole.mean);
+      means[padded + unit] = static_cast<A>(whole.squares);
+    }
+  });
+}
+
+// From each image's channels to the statistics that are asked for.
+template <class A>
+void combine_moments(const ChannelNorm& p, const A* moments, int64_t padded, A* mean, A* variance) {
+  const auto pixels = static_cast<double>(p.height * p.width);
+  for (int64_t i = 0; i < p.statistics(); ++i) {
+    Moments<A> total;
+    if (p.groups == 0) {
+      for (int64_t n = 0; n < p.batch; ++n) {
+        const A* of = moments + n * 2 * padded;
+        total.add(pixels, of[i], of[padded + i]);
+      }
+    } else {
+      const int64_t size = p.channels / p.groups, n = i / p.groups, group = i % p.groups;
+      const A* of = moments + n * 2 * padded;
+      for (int64_t c = group * size; c < (group + 1) * size; ++c)
+        total.add(pixels, of[c], of[padded + c]);
+    }
+    mean[i] = static_cast<A>(total.mean);
+    variance[i] = static_cast<A>(total.squares / total.count);
+  }
+}
+
+// The affine form of the norm: factors[rows][channels] and terms; one row for all images or one per
+// image.
+template <class A>
+struct AffineRows {
+  const A *factors, *terms;
+  int64_t step;  // from one image's row to the next
+};
+
+template <class A>
+A inverse_deviation(const ChannelNorm& p, const A* variance, int64_t image, int64_t channel) {
+  const int64_t i = p.groups ? image * p.groups + channel / (p.channels / p.groups) : channel;
+  return static_cast<A>(1 / std::sqrt(static_cast<double>(variance[i]) + p.eps));
+}
+template <class A>
+A mean_of(const ChannelNorm& p, const A* mean, int64_t image, int64_t channel) {
+  return mean[p.groups ? image * p.groups + channel / (p.channels / p.groups) : channel];
+}
+
+template <class A>
+AffineRows<A> fold(const ChannelNorm& p, const A* mean, const A* variance, const A* weight,
+                   const A* bias, int64_t padded, A* room) {
+  const int64_t rows = p.groups ? p.batch : 1;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t c = 0; c < padded; ++c) {
+      const bool there = c < p.channels;
+      const A factor =
+          there ? inverse_deviation(p, variance, n, c) * (weight ? weight[c] : A(1)) : 0;
+      room[n * padded + c] = factor;
+      room[(rows + n) * padded + c] =
+          there ? (bias ? bias[c] : A(0)) - mean_of(p, mean, n, c) * factor : 0;
+    }
+  return {room, room + rows * padded, p.groups ? padded : 0};
+}
+template <class T>
+size_t affine_bytes(const ChannelNorm& p) {
+  return static_cast<size_t>(2 * (p.groups ? p.batch : 1) * Worker<T>::padded(p.channels)) *
+         sizeof(Acc<T>);
+}
+
+// Normalised, added and activated: pixels [begin, end) of a unit, to `out`, where pixel `begin`
+// lies where the image's first pixel would.
+template <class T>
+void apply(const Worker<T>& w, const AffineRows<Acc<T>>& affine, const T* input, const T* residual,
+           int64_t image, int64_t unit, int64_t begin, int64_t end, T* out, int64_t out_pixels) {
+  using V = Vec<T>;
+  const ChannelNorm& p = w.p;
+  const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
+  const V term = w.lanes_of(affine.terms + image * affine.step, unit);
+  const T* from = input + image * w.image_size();
+  const T* add = residual ? residual + image * w.image_size() : nullptr;
+  const int64_t back =
+      p.channels_last ? begin * p.channels : begin + unit * (w.pixels - out_pixels);
+  w.visit(unit, begin, end, [&](int64_t at, int lanes) {
+    V z = fma(w.read(from + at, lanes), factor, term);
+    if (add) z = z + w.read(add + at, lanes);
+    w.write(out + at - back, activate(p.activation, z), lanes);
+  });
+}
+
+template <class T>
+void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
+  using A = Acc<T>;
+  const ChannelNorm& p = f.norm;
+  const Worker<T> w(p);
+  if (p.batch * w.image_size() == 0) return;
+  const int64_t padded = Worker<T>::padded(p.channels);
+  auto* moments = static_cast<A*>(
+      scratch_bytes(Scratch::kCall, static_cast<size_t>(p.batch * 2 * padded) * sizeof(A)));
+  const auto* input = static_cast<const T*>(f.input);
+  const auto* residual = static_cast<const T*>(f.residual);
+  image_moments(w, input, moments, pool);
+  auto *mean = static_cast<A*>(f.mean), *variance = static_cast<A*>(f.variance);
+  combine_moments(p, moments, padded, mean, variance);
+  auto* room = static_cast<A*>(scratch_bytes(Scratch::kCall2, affine_bytes<T>(p)));
+  const auto affine = fold(p, mean, variance, static_cast<const A*>(f.weight),
+                           static_cast<const A*>(f.bias), padded, room);
+  auto* output = static_cast<T*>(f.output);
+  if (p.pool.kernel_h == 0) {
+    w.for_units(pool, [&](int64_t image, int64_t unit) {
+      apply(w, affine, input, residual, image, unit, 0, w.pixels, output + image * w.image_size(),
+            w.pixels);
+    });
+    return;
+  }
+  // Bands of pooled rows: of all channels (channels last) or of one.
+  const PoolShape& q = p.pool;
+  const int64_t run = p.channels_last ? p.channels : 1;
+  const int64_t planes = p.channels_last ? p.batch : p.batch * p.channels;
+  const int64_t band =
+      max_of<int64_t>(1, kBandElements / max_of<int64_t>(1, q.stride_h * p.width * run));
+  const int64_t bands = ceil_div(q.out_height, band);
+  const int64_t work = planes * bands;
+  const int64_t shards =
+      p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, work);
+  const Parallel alone{};
+  parallel_for(pool, shards, [&](int64_t shard) {
+    for (int64_t i = work * shard / shards; i < work * (shard + 1) / shards; ++i) {
+      const int64_t plane = i / bands, first = i % bands * band;
+      const int64_t last = min_of(q.out_height, first + band);
+      const int64_t top = first * q.stride_h - q.padding_h;
+      const int64_t y0 = max_of<int64_t>(0, top);
+      const int64_t y1 =
+          max_of(y0, min_of(p.height, (last - 1) * q.stride_h - q.padding_h + q.kernel_h));
+      const int64_t rows = y1 - y0;
+      auto* values = static_cast<T*>(scratch_bytes(
+          Scratch::kExtra, static_cast<size_t>(rows * p.width * run + Vec<T>::W) * sizeof(T)));
+      const int64_t image = p.channels_last ? plane : plane / p.channels;
+      if (p.channels_last) {
+        for (int64_t unit = 0; unit < w.units_per_image; ++unit)
+          apply(w, affine, input, residual, image, unit, y0 * p.width, y1 * p.width, values,
+                rows * p.width);
+      } else {
+        const int64_t channel = plane % p.channels;
+        apply(w, affine, input, residual, image, channel, y0 * p.width, y1 * p.width,
+              values - channel * rows * p.width, rows * p.width);
+      }
+      Pooling m{p.dtype, p.channels_last, 1, run, rows, p.width, q};
+      m.pool.padding_h = y0 - top;
+      m.pool.out_height = last - first;
+      const int64_t at = (plane * q.out_height + first) * q.out_width * run;
+      if (q.kind == PoolKind::kAverage)
+        avg_pool_forward(m, values, output + at, alone);
+      else
+        max_pool_forward(m, values, output + at, f.argmax ? f.argmax + at : nullptr, alone);
+    }
+  });
+}
+
+// sums[image][2][channels] of the pre-activation's gradient g, which is stored, and of g times the
+// normalised values.
+template <class T>
+void gradient_sums(const ChannelNormBackward& b, const Worker<T>& w,
+                   const AffineRows<Acc<T>>& affine, const AffineRows<Acc<T>>& normalise,
+                   const T* grad, Acc<T>* sums, const Parallel& pool) {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const ChannelNorm& p = b.norm;
+  const int64_t padded = Worker<T>::padded(p.channels);
+  const auto* input = static_cast<const T*>(b.input);
+  const auto* residual = static_cast<const T*>(b.residual);
+  auto* kept = static_cast<T*>(b.grad_preactivation);
+  w.for_units(pool, [&](int64_t image, int64_t unit) {
+    const int64_t base = image * w.image_size();
+    const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
+    const V term = w.lanes_of(affine.terms + image * affine.step, unit);
+    const V inverse = w.lanes_of(normalise.factors + image * normalise.step, unit);
+    const V offset = w.lanes_of(normalise.terms + image * normalise.step, unit);
+    V total = zero<V>(), total_products = zero<V>();
+    const int64_t run = p.channels_last ? kRun : kRun * V::W;
+    for (int64_t begin = 0; begin < w.pixels; begin += run) {
+      V sum = zero<V>(), products = zero<V>();
+      w.visit(unit, begin, min_of(w.pixels, begin + run), [&](int64_t at, int lanes) {
+        const V x = w.read(input + base + at, lanes);
+        V g = w.read(grad + base + at, lanes);
+        if (p.activation != Activation::kNone) {
+          V z = fma(x, factor, term);
+          if (residual) z = z + w.read(residual + base + at, lanes);
+          g = g * activate_grad(p.activation, z);
+        }
+        w.write(kept + base + at, g, lanes);
+        if (lanes < V::W) {
+          alignas(64) A values[V::W];
+          store(values, g);
+          g = load(values, lanes);
+        }
+        sum = sum + g;
+        products = fma(g, fma(x, inverse, offset), products);
+      });
+      total = total + sum;
+      total_products = total_products + products;
+    }
+    A* of = sums + image * 2 * padded;
+    w.store_sums(total, unit, of);
+    w.store_sums(total_products, unit, of + padded);
+  });
+}
+
+// averages[rows][2][channels]: of the normalised values' gradient, and of its product with them.
+template <class A>
+void average_gradients(const ChannelNorm& p, const A* sums, const A* weight, int64_t padded,
+                       A* averages) {
+  const auto pixels = static_cast<double>(p.height * p.width);
+  const int64_t rows = p.groups ? p.batch : 1, size = p.groups ? p.channels / p.groups : 1;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t first = 0; first < p.channels; first += size)
+      for (int part = 0; part < 2; ++part) {
+        double total = 0;
+        for (int64_t c = first; c < first + size; ++c) {
+          const double factor = weight ? weight[c] : 1;
+          for (int64_t i = p.groups ? n : 0; i < (p.groups ? n + 1 : p.batch); ++i)
+            total += factor * static_cast<double>(sums[(2 * i + part) * padded + c]);
+        }
+        const double count = pixels * static_cast<double>(p.groups ? size : p.batch);
+        for (int64_t c = first; c < first + size; ++c)
+          averages[(2 * n + part) * padded + c] = static_cast<A>(total / count);
+      }
+}
+
+template <class T>
+void backward_typed(const ChannelNormBackward& b, const Parallel& pool) {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const ChannelNorm& p = b.norm;
+  const Worker<T> w(p);
+  const int64_t padded = Worker<T>::padded(p.channels), rows = p.groups ? p.batch : 1;
+  const auto* weight = static_cast<const A*>(b.weight);
+  const auto* mean = static_cast<const A*>(b.mean);
+  const auto* variance = static_cast<const A*>(b.variance);
+  auto* kept = static_cast<T*>(b.grad_preactivation);
+  const T* grad = static_cast<const T*>(b.grad_output);
+  if (p.pool.kernel_h) {
+    const Pooling m{p.dtype, p.channels_last, p.batch, p.channels, p.height, p.width, p.pool};
+    if (p.pool.kind == PoolKind::kAverage)
+      avg_pool_backward(m, grad, kept, pool);
+    else
+      max_pool_backward(m, grad, b.argmax, kept, pool);
+    grad = kept;
+  }
+  const size_t affine_size = affine_bytes<T>(p);
+  const size_t sums_size = static_cast<size_t>((p.batch + rows) * 2 * padded) * sizeof(A);
+  auto* room = static_cast<char*>(scratch_bytes(Scratch::kCall, 2 * affine_size + sums_size));
+  auto* sums = reinterpret_cast<A*>(room + 2 * affine_size);
+  std::memset(room + 2 * affine_size, 0, sums_size);
+  A* averages = sums + p.batch * 2 * padded;
+  const auto affine = fold(p, mean, variance, weight, static_cast<const A*>(b.bias), padded,
+                           reinterpret_cast<A*>(room));
+  const auto normalise = fold<A>(p, mean, variance, nullptr, nullptr, padded,
+                                 reinterpret_cast<A*>(room + affine_size));
+  gradient_sums(b, w, affine, normalise, grad, sums, pool);
+  for (int part = 0; part < 2; ++part) {
+    auto* result = static_cast<A*>(part == 0 ? b.grad_bias : b.grad_weight);
+    for (int64_t c = 0; result && c < p.channels; ++c) {
+      double total = 0;
+      for (int64_t n = 0; n < p.batch; ++n)
+        total += static_cast<double>(sums[(2 * n + part) * padded + c]);
+      result[c] = static_cast<A>(total);
+    }
+  }
+  if (!b.grad_input || p.batch * w.image_size() == 0) return;
+  average_gradients(p, sums, weight, padded, averages);
+  const auto* input = static_cast<const T*>(b.input);
+  auto* grad_input = static_cast<T*>(b.grad_input);
+  w.for_units(pool, [&](int64_t image, int64_t unit) {
+    const int64_t base = image * w.image_size();
+    const A* average = averages + (p.groups ? image : 0) * 2 * padded;
+    const V inverse = w.lanes_of(normalise.factors + image * normalise.step, unit);
+    const V offset = w.lanes_of(normalise.terms + image * normalise.step, unit);
+    const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
+    const V first = w.lanes_of(average, unit) * inverse;
+    const V second = w.lanes_of(average + padded, unit) * inverse;
+    w.visit(unit, 0, w.pixels, [&](int64_t at, int lanes) {
+      const V normalised = fma(w.read(input + base + at, lanes), inverse, offset);
+      const V g = fma(w.read(kept + base + at, lanes), factor, zero<V>() - first);
+      w.write(grad_input + base + at, fnma(normalised, second, g), lanes);
+    });
+  });
+}
+
+void forward(const ChannelNormForward& f, const Parallel& pool) {
+  with_type(f.norm.dtype,
+            [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(f, pool); });
+}
+void backward(const ChannelNormBackward& b, const Parallel& pool) {
+  with_type(b.norm.dtype,
+            [&](auto* type) { backward_typed<std::remove_pointer_t<decltype(type)>>(b, pool); });
+}
+
+}  // namespace
+
+const ChannelNormKernels& channel_norm_kernels() {
+  static constexpr ChannelNormKernels table{&forward, &backward};
+  return table;
+}
+
+}  // namespace fmk::FMK_ISA
