@@ -511,10 +511,18 @@ def test_from_torch_shares_parameters(torch_class, our_class, args, kwargs, shap
     torch.testing.assert_close(ours(input), theirs(input).relu())
 
 
-def test_from_torch_refuses_a_parametrized_module(backend):
+def test_from_torch_takes_a_parametrized_module_over(backend):
     module = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
-    with pytest.raises(ValueError, match="parameter 'weight'"):
-        fnn.Conv2d.from_torch(module, backend=backend)
+    ours = fnn.Conv2d.from_torch(module, backend=backend)
+    assert ours.state_dict().keys() == module.state_dict().keys()
+    input = torch.randn(2, 2, 5, 5)
+    gradients = []
+    for layer in (module, ours):
+        output = layer(input)
+        gradients.append(torch.autograd.grad(output.square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(ours(input), module(input), rtol=1e-5, atol=1e-6)
+    for got, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @layers

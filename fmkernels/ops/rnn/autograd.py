@@ -468,6 +468,8 @@ def quick_lstm_cell(
         )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
+    if results[1].is_meta:  # one argument among the others was: no kernel ran
+        return None
     return results[1], results[2]
 
 
@@ -488,11 +490,12 @@ def quick_simple_cell(
         if not _is_ordinary(f"{kind}_cell", backends, backend, input):
             return None
         rest = (False,) if kind == "gru" else ()
-        return backends["cpu"].forward(
+        next_h = backends["cpu"].forward(
             input, h, weights, packed_weight, None, *extra, len(weights) == 4, False, *rest
         )[1]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
+    return None if next_h.is_meta else next_h  # as above
 
 
 def lstm_cell(
