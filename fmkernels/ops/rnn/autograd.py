@@ -427,7 +427,7 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _is_ordinary(
-    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor
+    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
 ) -> bool:
     """Whether a cell's step may go to the native op as it is, which checks its own operands.
 
@@ -439,6 +439,7 @@ def _is_ordinary(
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or not input.is_cpu
+        or not all(tensor.is_cpu for tensor in others)
         or input.dim() != 2
         or not backends["cpu"].supports(input).ok
     ):
@@ -460,15 +461,13 @@ def quick_lstm_cell(
         h, c = hx
         if needs_graph(input, h, c, *weights) or c.dtype != input.dtype:
             return None
-        if not _is_ordinary("lstm_cell", LSTM, backend, input):
+        if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
             return None
         results = LSTM["cpu"].forward(
             input, h, c, weights, packed_weight, None, None, None, None, len(weights) == 4,
             *PLAIN_LSTM[1:], False, False, False,
         )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-    if results[1].is_meta:  # one argument among the others was: no kernel ran
         return None
     return results[1], results[2]
 
@@ -487,15 +486,14 @@ def quick_simple_cell(
     try:
         if needs_graph(input, h, *weights):
             return None
-        if not _is_ordinary(f"{kind}_cell", backends, backend, input):
+        if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
             return None
         rest = (False,) if kind == "gru" else ()
-        next_h = backends["cpu"].forward(
+        return backends["cpu"].forward(
             input, h, weights, packed_weight, None, *extra, len(weights) == 4, False, *rest
         )[1]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-    return None if next_h.is_meta else next_h  # as above
 
 
 def lstm_cell(
