@@ -52,7 +52,7 @@ class _Sequence(Freezable, nn.RNNBase):
         self, input: Tensor, hx: Any, lengths: Tensor | None, batch_first: bool
     ) -> tuple[Tensor, ...]:
         """output, then the final states, then what is shaped like the output."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it runs")
 
     def _run_any(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
