@@ -193,6 +193,47 @@ def test_lengths_and_pages_that_do_not_exist(dtype):
     assert output.isfinite().all() and lse.isfinite().all()
 
 
+@dtypes
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_nan_and_infinity_are_seen(dtype, multiprocessors, monkeypatch):
+    """In a part of a split sequence, in all of a sequence, and where nothing else is affected."""
+    monkeypatch.setenv("FMK_EMU_MULTIPROCESSORS", str(multiprocessors))
+    lengths = torch.tensor([300, 300, 2, 300], dtype=torch.int32)
+    query = testing.normal(4, 2, 1, 16, dtype=dtype)
+    key, value = (testing.normal(4, 1, 320, 16, dtype=dtype) for _ in range(2))
+    key[0, :, 200, 3] = float("nan")
+    value[1, :, 100, 5] = float("inf")
+    query[2] = float("nan")
+    output, lse = decode(query, key, value, lengths)
+    expected, expected_lse = in_torch(query, key, value, lengths)
+    assert expected[0].isnan().all() and expected[2].isnan().all()
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert torch.equal(output.isinf(), expected.isinf()) and output.isinf().sum() == 2
+    assert torch.equal(lse.isnan(), expected_lse.isnan())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 32, 8, 128, 4096), ""),
+        ((65535, 32, 8, 128, 2**31 - 65), ""),
+        ((70000, 32, 8, 128, 4096), "65535 sequences"),
+        ((60000, 60000, 60000, 128, 4096), "65535 sequences and blocks of heads"),
+        ((1, 32, 8, 128, 2**31 - 1), "caches of up to"),
+        ((1, 32, 8, 100, 4096), "multiples of 8 features up to 256, got 100"),
+    ],
+)
+def test_limits_of_a_grid(sizes, message):
+    problem = torch.ops.fmkernels.sdpa_decode_problem(0, "bfloat16", *sizes)
+    assert message in problem and bool(problem) == bool(message)
+
+
+def test_every_width_fits_an_a100(monkeypatch):
+    monkeypatch.setenv("FMK_EMU_SHARED", "166912")
+    for name in ("float32", "bfloat16", "float16"):
+        assert torch.ops.fmkernels.sdpa_decode_problem(0, name, 1, 32, 8, 256, 4096) == ""
+
+
 def test_large_scores_do_not_overflow():
     check(torch.float32, [100], scale=1000.0)
     check(torch.float16, [100], scale=30.0)

@@ -36,9 +36,10 @@ struct Span {
       first = position - static_cast<int>(p.window_left);
     }
     const int tiles = (length - first + tile - 1) / tile;
-    const int per_split = (tiles + p.splits - 1) / p.splits;
-    begin = first + split * per_split * tile;
-    end = begin + per_split * tile < length ? begin + per_split * tile : length;
+    const int64_t keys = int64_t{(tiles + p.splits - 1) / p.splits} * tile;  // of a split
+    const int64_t begins = first + split * keys, ends = begins + keys;
+    begin = begins < length ? static_cast<int>(begins) : length;
+    end = ends < length ? static_cast<int>(ends) : length;
   }
 };
 
@@ -112,11 +113,12 @@ struct HeadResult {
         return;
       }
     }
-    factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+    // Zero where no key was seen. A score that is no number has made the sum one, too.
+    factor = sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
   __device__ void write_lse() const {
-    const float lse = sum > 0.0f ? (maximum + log2f(sum)) * kLn2 : negative_infinity();
+    const float lse = sum == 0.0f ? negative_infinity() : (maximum + log2f(sum)) * kLn2;
     if (p.splits == 1) {
       p.lse[row] = lse;
     } else {
@@ -125,7 +127,7 @@ struct HeadResult {
   }
   __device__ void write(int feature, float weighted) const {
     if (feature >= p.features) return;
-    const float value = sum > 0.0f ? weighted * factor : 0.0f;
+    const float value = sum == 0.0f ? 0.0f : weighted * factor;
     if (p.splits == 1) {
       static_cast<T*>(p.output)[row * p.features + feature] = from_float<T>(value);
     } else {
@@ -433,10 +435,10 @@ __global__ void __launch_bounds__(kWarp) merge_kernel(const DecodeAttention p) {
   const float sink = p.sinks == nullptr ? negative_infinity() : p.sinks[head];
   float maximum = sink;
   for (int s = 0; s < p.splits; ++s) maximum = fmaxf(maximum, p.partial_lse[s * rows + row]);
-  const bool empty = maximum == negative_infinity();
-  const float pivot = empty ? 0.0f : maximum;
+  const float pivot = maximum == negative_infinity() ? 0.0f : maximum;
   float sum = expf(sink - pivot);
   for (int s = 0; s < p.splits; ++s) sum += expf(p.partial_lse[s * rows + row] - pivot);
+  const bool empty = sum == 0.0f;  // a part that is no number makes the sum one, too
   if (threadIdx.x == 0) p.lse[row] = empty ? negative_infinity() : maximum + logf(sum);
   for (int feature = static_cast<int>(threadIdx.x); feature < p.features; feature += kWarp) {
     float value = 0.0f;
@@ -462,6 +464,11 @@ Grid grid_of(const DecodeAttention& p) {
           static_cast<unsigned>(p.batch)};
 }
 
+size_t shared_bytes(DType dtype, int64_t features) {
+  if (dtype == DType::kF32) return float_shared_bytes(features);
+  return fragment_shared_bytes(features <= 64 ? 64 : features <= 128 ? 128 : 256);
+}
+
 template <class T, int kWidth>
 void start(const DecodeAttention& p, Stream stream) {
   launch("decode_attention", decode_kernel<T, kWidth>, grid_of(p), kFragmentWarps * kWarp,
@@ -484,9 +491,28 @@ void merge(const DecodeAttention& p, Stream stream) {
 
 }  // namespace
 
-size_t decode_shared_bytes(DType dtype, int64_t features) {
-  if (dtype == DType::kF32) return float_shared_bytes(features);
-  return fragment_shared_bytes(features <= 64 ? 64 : features <= 128 ? 128 : 256);
+std::string decode_problem(const DecodeAttention& p, const DeviceLimits& limits) {
+  // A grid's second and third dimension, and its first. Positions are ints, of the last tile's end
+  // too.
+  constexpr int64_t kMostRows = 65535, kMostBlocks = (int64_t{1} << 31) - 1;
+  constexpr int64_t kMostKeys = kMostBlocks - kFragmentTile;
+  if (p.dtype == DType::kF64) return "computes in float32, bfloat16 and float16, not float64";
+  if (p.features % kVectorElements<bf16> != 0 || p.features > kMaxDecodeFeatures) {
+    return "takes multiples of 8 features up to " + std::to_string(kMaxDecodeFeatures) + ", got " +
+           std::to_string(p.features);
+  }
+  if (p.batch > kMostRows || head_blocks(p) > kMostRows || p.batch * p.query_heads > kMostBlocks) {
+    return "takes up to 65535 sequences and blocks of heads, got " + std::to_string(p.batch) +
+           " and " + std::to_string(head_blocks(p));
+  }
+  if (p.capacity > kMostKeys) {
+    return "takes caches of up to " + std::to_string(kMostKeys) + " keys, got " +
+           std::to_string(p.capacity);
+  }
+  const size_t needed = shared_bytes(p.dtype, p.features);
+  if (needed <= limits.shared_per_block) return "";
+  return "needs " + std::to_string(needed) + " bytes of shared memory, a block here has " +
+         std::to_string(limits.shared_per_block);
 }
 
 int decode_splits(const DecodeAttention& p, const DeviceLimits& limits) {

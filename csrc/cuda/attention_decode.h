@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "core/types.h"
 #include "cuda/device.h"
@@ -59,8 +60,8 @@ struct DecodeAttention {
 // capacity alone, not on the lengths, so that a captured graph stays valid.
 int decode_splits(const DecodeAttention& problem, const DeviceLimits& limits);
 
-// What a block takes for rows of `features` features.
-size_t decode_shared_bytes(DType dtype, int64_t features);
+// Empty, or why the device does not take such a call; looks at the sizes alone.
+std::string decode_problem(const DecodeAttention& problem, const DeviceLimits& limits);
 
 // Throws Error if a launch fails.
 void decode_attention(const DecodeAttention& problem, Stream stream);

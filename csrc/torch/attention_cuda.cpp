@@ -47,34 +47,26 @@ std::tuple<Tensor, Tensor> sdpa_decode(const Tensor& query, const Tensor& key_ca
   check_rows(value_cache, "value_cache", query);
   cuda::DecodeAttention p{};
   p.dtype = dtype_of(query, "query");
-  FMK_CHECK(p.dtype != DType::kF64, "query: expected float32, bfloat16 or float16");
   p.batch = query.size(0);
   p.query_heads = query.size(1);
   p.features = query.size(3);
   p.kv_heads = key_cache.size(1);
   FMK_CHECK(query.size(2) == 1, "query: expected one query per sequence, got ", query.size(2));
-  FMK_CHECK(p.features > 0 && p.features % 8 == 0 && p.features <= cuda::kMaxDecodeFeatures,
-            "query: expected a multiple of 8 features, at most ", cuda::kMaxDecodeFeatures,
-            ", got ", p.features);
+  FMK_CHECK(p.features > 0, "query: expected at least one feature");
   FMK_CHECK(p.kv_heads > 0 && p.query_heads % p.kv_heads == 0, "key_cache: expected a divisor of ",
             p.query_heads, " heads, got ", p.kv_heads);
   const int64_t blocks = key_cache.size(0), rows = key_cache.size(2);
   check_shape(key_cache, "key_cache", {blocks, p.kv_heads, rows, p.features});
   check_shape(value_cache, "value_cache", {blocks, p.kv_heads, rows, p.features});
-  constexpr int64_t kMostBlocks = 65535;  // of a grid's second and third dimension
-  FMK_CHECK(p.batch <= kMostBlocks && p.query_heads <= kMostBlocks,
-            "query: expected at most 65535 sequences and heads");
-  constexpr int64_t kMostKeys = int64_t{1} << 31;
-  FMK_CHECK(rows < kMostKeys, "key_cache: expected fewer than 2^31 rows");
   check_small(seqlens, "seqlens", query, ScalarType::Int, {p.batch});
   if (page_table) {
     check_small(*page_table, "page_table", query, ScalarType::Int, {p.batch, page_table->size(1)});
     p.page_table = static_cast<const int32_t*>(data_of(page_table));
     p.page_stride = page_table->size(1);
     p.pages = blocks;
+    FMK_CHECK(rows < int64_t{1} << 31, "key_cache: expected fewer than 2^31 rows in a page");
     p.page_size = static_cast<int>(rows);
     p.capacity = p.page_stride * rows;
-    FMK_CHECK(p.capacity < kMostKeys, "page_table: expected fewer than 2^31 keys");
   } else {
     FMK_CHECK(blocks == p.batch, "key_cache: expected ", p.batch, " sequences, got ", blocks);
     p.capacity = rows;
@@ -91,6 +83,9 @@ std::tuple<Tensor, Tensor> sdpa_decode(const Tensor& query, const Tensor& key_ca
   p.sinks = floats_of(sinks);
 
   const OnDeviceOf device(query);
+  const cuda::DeviceLimits limits = cuda::device_limits();
+  const std::string problem = cuda::decode_problem(p, limits);
+  FMK_CHECK(problem.empty(), "sdpa_decode ", problem);
   Tensor output = allocate(query, {p.batch, p.query_heads, 1, p.features});
   Tensor lse = allocate(query, {p.batch, p.query_heads, 1}, ScalarType::Float);
   if (p.batch == 0 || p.query_heads == 0) return {output, lse};
@@ -106,7 +101,7 @@ std::tuple<Tensor, Tensor> sdpa_decode(const Tensor& query, const Tensor& key_ca
   p.window_left = window_left;
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
-  p.splits = cuda::decode_splits(p, cuda::device_limits());
+  p.splits = cuda::decode_splits(p, limits);
   const int64_t parts = p.splits > 1 ? p.splits : 0;
   Tensor partial_output =
       allocate(query, {parts, p.batch, p.query_heads, p.features}, ScalarType::Float);
@@ -120,13 +115,19 @@ std::tuple<Tensor, Tensor> sdpa_decode(const Tensor& query, const Tensor& key_ca
 }
 
 // Why the device cannot take such queries; empty if it can.
-std::string sdpa_decode_problem(int64_t device, std::string dtype, int64_t features) {
+std::string sdpa_decode_problem(int64_t device, std::string dtype, int64_t batch,
+                                int64_t query_heads, int64_t kv_heads, int64_t features,
+                                int64_t capacity) {
+  FMK_CHECK(kv_heads > 0, "kv_heads: expected at least one");
   const OnDeviceOf guard(device);
-  const size_t needed = cuda::decode_shared_bytes(dtype_named(dtype), features);
-  const size_t limit = cuda::device_limits().shared_per_block;
-  if (needed <= limit) return "";
-  return "needs " + std::to_string(needed) + " bytes of shared memory, a block here has " +
-         std::to_string(limit);
+  cuda::DecodeAttention p{};
+  p.dtype = dtype_named(dtype);
+  p.batch = batch;
+  p.query_heads = query_heads;
+  p.kv_heads = kv_heads;
+  p.features = features;
+  p.capacity = capacity;
+  return cuda::decode_problem(p, cuda::device_limits());
 }
 
 }  // namespace

@@ -15,7 +15,6 @@ from fmkernels._dispatch import SUPPORTED, Support
 from fmkernels.ops._cuda_support import cuda_support, problem_of
 from fmkernels.ops.attention.schema import Options
 
-MAX_FEATURES = 256
 _VECTOR_BYTES = 16
 
 _library = torch.library.Library("fmkernels", "FRAGMENT")
@@ -24,7 +23,10 @@ _library.define(
     "Tensor? page_table, Tensor? alibi_slopes, Tensor? sinks, int window_left, float scale, "
     "float softcap) -> (Tensor output, Tensor lse)"
 )
-_library.define("sdpa_decode_problem(int device, str dtype, int features) -> str")
+_library.define(
+    "sdpa_decode_problem(int device, str dtype, int batch, int query_heads, int kv_heads, "
+    "int features, int capacity) -> str"
+)
 
 
 @torch.library.register_fake("fmkernels::sdpa_decode", lib=_library)
@@ -52,14 +54,16 @@ def decode_supports(
         return Support(False, f"takes one query per sequence, got {query.size(2)}")
     if value_cache.size(-1) != features:
         return Support(False, "takes as many features of a value as of a key")
-    if features % 8 != 0 or features > MAX_FEATURES:
-        return Support(
-            False, f"takes multiples of 8 features up to {MAX_FEATURES}, got {features}"
-        )
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
         if not _vectors_aligned(tensor):
             return Support(False, f"reads vectors of 16 bytes, which {name} does not align")
-    problem = problem_of("sdpa_decode_problem", query.device.index, query.dtype, features)
+    # Of pages the table, which only the kernel sees, says how many keys a sequence may have.
+    capacity = 0 if paged else key_cache.size(2)
+    heads = query.size(1), key_cache.size(1)
+    problem = problem_of(
+        "sdpa_decode_problem", query.device.index, query.dtype, query.size(0), *heads, features,
+        capacity,
+    )  # fmt: skip
     return Support(False, problem) if problem else SUPPORTED
 
 
