@@ -185,6 +185,21 @@ def test_nan_and_infinity_stay_where_they_belong():
     assert torch.equal(output.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize(
+    ("image", "kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 10), (1, 3), (1, 2**29), (0, 0, 1, 1), (1, 1)),
+        ((1, 2**29), (1, 3), (1, 1), (0, 0, 2**29, 2**29), (1, 2**29)),
+        ((2**29, 1), (3, 1), (1, 1), (2**29, 2**29, 0, 0), (2**29, 1)),
+    ],
+)
+def test_a_reach_beyond_any_memory_is_refused(image, kernel, stride, padding, dilation):
+    problem = ops.depthwise_problem(
+        0, "float32", (1, 4, *image), (4, 1, *kernel), stride, padding, dilation
+    )
+    assert "does not fit a block's shared memory" in problem
+
+
 def test_empty_batch():
     check(torch.float32, (5, 8), (3, 3), padding=(1, 1, 1, 1), batch=0)
 

@@ -3,6 +3,7 @@
 // Both are correlations: the gradient slides the flipped kernel over grad_output, with stride - 1
 // zeros between its elements, and sums over the M outputs of an input channel.
 #include <algorithm>
+#include <limits>
 
 #include "cuda/depthwise_tile.cuh"
 
@@ -186,8 +187,9 @@ int round_up(int value, int multiple) { return (value + multiple - 1) / multiple
 Tiling depthwise_tiling(const DepthwiseShape& shape, int64_t planes, int result_h, int result_w,
                         int stride_h, int stride_w, bool sums_sources) {
   const int elements = shape.dtype == DType::kF32 ? 4 : 8;
-  constexpr int kRowItems = 64;  // threads along a row at most
-  Tiling t;
+  constexpr int kRowItems = 64;            // threads along a row at most
+  constexpr int64_t kMostReach = 1 << 20;  // rows or columns of a tile, more than any memory holds
+  Tiling t{};
   t.width = std::min(round_up(result_w, elements), kRowItems * elements / (result_h > 1 ? 4 : 1));
   const int row_items = t.width / elements;
   t.height = std::min(result_h, std::max(1, kDepthwiseThreads / row_items));
@@ -199,12 +201,18 @@ Tiling depthwise_tiling(const DepthwiseShape& shape, int64_t planes, int result_
   t.tiles_y = (result_h + t.height - 1) / t.height;
   t.tiles_x = (result_w + t.width - 1) / t.width;
   t.blocks = (planes + t.planes - 1) / t.planes * t.tiles_y * t.tiles_x;
-  t.rows = (t.height - 1) * stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1;
+  const auto reach = [](int outputs, int stride, int taps, int dilation) {
+    return int64_t{outputs - 1} * stride + int64_t{taps - 1} * dilation + 1;
+  };
+  const int64_t rows = reach(t.height, stride_h, shape.kernel_h, shape.dilation_h);
+  const int64_t columns = reach(t.width, stride_w, shape.kernel_w, shape.dilation_w);
+  if (std::max(rows, columns) > kMostReach) {
+    t.shared_bytes = std::numeric_limits<size_t>::max();
+    return t;
+  }
+  t.rows = static_cast<int>(rows);
   // Both ends may be out of line by a vector, and taps are read in fours.
-  t.columns =
-      round_up((t.width - 1) * stride_w + (shape.kernel_w - 1) * shape.dilation_w + 1 + kTapsAtOnce,
-               elements) +
-      elements;
+  t.columns = round_up(static_cast<int>(columns) + kTapsAtOnce, elements) + elements;
   t.pitch = spot(t.columns) + 1;
   t.shared_bytes = sizeof(float) * t.planes *
                    (size_t(t.rows) * t.pitch + size_t(shape.kernel_h) * shape.kernel_w);
@@ -280,13 +288,18 @@ void grad_input(const DepthwiseBackward& p, Stream stream) {
 const char* depthwise_problem(const DepthwiseShape& s, const DeviceLimits& limits) {
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
   if (s.dtype == DType::kF64) return "computes in float32, bfloat16 and float16, not float64";
-  for (const Correlation& c : {forward_correlation(s), grad_input_correlation(s)}) {
-    if (c.tiling.blocks > kMostBlocks) return "the image takes more blocks than a grid has";
-    if (c.tiling.shared_bytes > limits.shared_per_block) {
+  // The gradient of the weight takes a block for some of a channel's taps.
+  const int64_t taps = int64_t{s.kernel_h} * s.kernel_w;
+  if (s.channels > kMostBlocks / taps) return "the weight takes more blocks than a grid has";
+  const auto problem_of = [&](const Tiling& tiling) {
+    if (tiling.shared_bytes > limits.shared_per_block) {
       return "the kernel's reach does not fit a block's shared memory";
     }
-  }
-  return "";
+    return tiling.blocks > kMostBlocks ? "the image takes more blocks than a grid has" : "";
+  };
+  // A kernel that fits forward has sizes that the backward can count with.
+  const char* problem = problem_of(forward_correlation(s).tiling);
+  return *problem != '\0' ? problem : problem_of(grad_input_correlation(s).tiling);
 }
 
 void depthwise_forward(const DepthwiseForward& p, Stream stream) {

@@ -23,6 +23,7 @@ Depthwise depthwise_sizes(const std::vector<int64_t>& input, const std::vector<i
             "stride, dilation: expected two numbers, padding four");
   constexpr int64_t kMost = 1 << 30;
   const int64_t channels = weight[0], input_channels = input[1];
+  FMK_CHECK(channels < kMost, "weight: too many channels");
   FMK_CHECK(input_channels > 0 && channels % input_channels == 0, "weight: expected a multiple of ",
             input_channels, " channels, got ", channels);
   int64_t size[2];
@@ -63,7 +64,6 @@ Depthwise depthwise_sizes(const std::vector<int64_t>& input, const std::vector<i
 Depthwise check_depthwise(const Tensor& input, const Tensor& weight, const OptionalTensor& state,
                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                           const std::vector<int64_t>& dilation) {
-  FMK_CHECK(on_device(input), "input: expected a tensor on the device");
   FMK_CHECK(!state || state->dim() == 4, "state: expected four dimensions");
   Depthwise d = depthwise_sizes(shape_of(input), shape_of(weight), state ? state->size(3) : 0,
                                 stride, padding, dilation);
@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor> depthwise_forward(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& state, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, std::optional<std::string> activation, bool save_for_backward) {
+  FMK_CHECK(on_device(input), "input: expected a tensor on the device");
   const OnDeviceOf device(input);
   const Depthwise d = check_depthwise(input, weight, state, stride, padding, dilation);
   if (bias) check_operand(*bias, "bias", input, {d.shape.channels});
@@ -121,6 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
     std::vector<int64_t> padding, std::vector<int64_t> dilation,
     std::optional<std::string> activation, bool need_input, bool need_state, bool need_weight,
     bool need_bias) {
+  FMK_CHECK(on_device(input), "input: expected a tensor on the device");
   const OnDeviceOf device(input);
   const Depthwise d = check_depthwise(input, weight, state, stride, padding, dilation);
   check_operand(grad_output, "grad_output", input, d.output);
