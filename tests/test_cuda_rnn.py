@@ -225,6 +225,29 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
+# Multiprocessors, bytes of shared memory of a block, and the widest layers of 64 sequences: in 16
+# bits with one and two directions, in float32 with one and two.
+CHIPS = {
+    "A100": (108, 166912, (1536, 864, 864, 432)),
+    "H100": (132, 232448, (2048, 1056, 1056, 640)),
+    "B200": (148, 232448, (2048, 1184, 1184, 640)),
+}
+
+
+@cells
+@pytest.mark.parametrize("chip", CHIPS)
+def test_hidden_sizes_that_fit_a_chip(cell, chip, monkeypatch):
+    multiprocessors, shared, widest = CHIPS[chip]
+    monkeypatch.setenv("FMK_EMU_MULTIPROCESSORS", str(multiprocessors))
+    monkeypatch.setenv("FMK_EMU_SHARED", str(shared))
+    problem = torch.ops.fmkernels.rnn_recurrence_problem
+    kinds = [(dtype, directions) for dtype in ("bfloat16", "float32") for directions in (1, 2)]
+    for (dtype, directions), most in zip(kinds, widest, strict=True):
+        sizes = range(64, 2049 + 8, 8)
+        fitting = [n for n in sizes if not problem(0, dtype, cell, 100, 64, n, directions)]
+        assert fitting == list(range(64, most + 1, 8)), (dtype, directions)
+
+
 def test_what_does_not_fit_is_refused(monkeypatch):
     like = torch.zeros(4, 2, 3, dtype=torch.bfloat16)
 

@@ -84,8 +84,12 @@ struct RnnPlan {
   size_t shared_bytes;
 };
 
-// Fills *plan, or returns why this recurrence does not fit the device. Of all that fit: the fewest
-// features per block, because a step's time is that of one block plus the barrier.
+// Fills *plan, or returns why this recurrence does not fit the device. With 64 sequences there fit,
+// in 16 bits with one and two directions, 1536 and 864 features on an A100, 2048 and 1056 on an
+// H100, 2048 and 1184 on a B200; in float32 864 and 432, 1056 and 640, 1184 and 640.
+//
+// Of all plans that fit: the fewest features per block, because a step's time is that of one block
+// plus the barrier.
 std::string plan_rnn(const RnnShape& shape, bool backward, const DeviceLimits& limits,
                      RnnPlan* plan);
 inline int64_t rnn_counters(const RnnShape& shape, const RnnPlan& plan) {

@@ -29,9 +29,10 @@ std::string plan_rnn(const RnnShape& shape, bool backward, const DeviceLimits& l
   if (shape.hidden % kUnits != 0) {
     return "takes hidden sizes that are multiples of 8, got " + std::to_string(shape.hidden);
   }
-  constexpr int64_t kIndexLimit = int64_t{1} << 31;
-  if (shape.steps >= kIndexLimit || shape.batch >= kIndexLimit)
-    return "too many steps or sequences";
+  constexpr int64_t kIndexLimit = int64_t{1} << 30;
+  if (shape.steps >= kIndexLimit || shape.batch >= kIndexLimit) {
+    return "takes fewer than 2^30 steps and sequences";
+  }
   plan->chunks_per_warp = chunks_per_warp(shape, backward);
   if (plan->chunks_per_warp == 0) {
     return "keeps hidden sizes up to 2048 on chip, got " + std::to_string(shape.hidden);
@@ -57,8 +58,8 @@ std::string plan_rnn(const RnnShape& shape, bool backward, const DeviceLimits& l
     if (plan->shared_bytes <= limits.shared_per_block) return "";
   }
   return "the recurrent weights of " + std::to_string(shape.hidden) + " features in " +
-         std::to_string(directions) +
-         " direction(s) do not fit the registers and shared memory of " +
+         std::to_string(directions) + " direction(s) and the states of " +
+         std::to_string(shape.batch) + " sequences do not fit the registers and shared memory of " +
          std::to_string(limits.multiprocessors) + " multiprocessors";
 }
 

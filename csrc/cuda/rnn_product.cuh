@@ -22,16 +22,18 @@ constexpr int kChunkBytes = 64;     // of the reduction: 16 bytes for each of a 
 template <class T>
 inline constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
 
-// Half types keep of a block's first group this many chunks per warp in registers (16 bytes a lane
-// for each row of a chunk, 96 registers at most) and everything else in shared memory; float keeps
-// all in shared memory. More than these and the compiler spills.
-constexpr int kOwnPieces = 24, kOwnSinglePieces = 16;
-constexpr int rnn_own_chunks(bool fragments, int chunks_per_warp, int rows) {
-  const int most = rows == 1 ? kOwnSinglePieces : kOwnPieces / rows;
-  return !fragments ? 0 : chunks_per_warp < most ? chunks_per_warp : most;
-}
+// Half types keep of a block's first group this many pieces per warp in registers (16 bytes a lane:
+// a row of a chunk; 96 registers at most) and everything else in shared memory; float keeps all in
+// shared memory. More than these and the compiler spills.
+constexpr int kOwnPieces = 24, kOwnSinglePieces = 16, kOwnSinglePiecesOfMany = 12;
 constexpr int rnn_group_limit(bool fragments, int chunks_per_warp, int rows) {
   return fragments && chunks_per_warp * rows < kOwnPieces ? kMaxGroups : kMaxLargeGroups;
+}
+constexpr int rnn_own_chunks(bool fragments, int chunks_per_warp, int rows) {
+  const bool many = rnn_group_limit(fragments, chunks_per_warp, rows) == kMaxGroups;
+  const int single = many ? kOwnSinglePiecesOfMany : kOwnSinglePieces;
+  const int most = rows == 1 ? single : kOwnPieces / rows;
+  return !fragments ? 0 : chunks_per_warp < most ? chunks_per_warp : most;
 }
 constexpr int rnn_tiles_per_pass(int groups_per_block) {
   return groups_per_block >= kMaxGroups ? 1 : kMaxGroups / groups_per_block;
