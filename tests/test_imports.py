@@ -31,7 +31,7 @@ FLOORS = (
 # The same inside one family of ops/. Backends stand side by side and do not see each other.
 # A part may be several files: "schema_pool" belongs to "schema".
 FAMILY_FLOORS = (
-    ("geometry",),
+    ("geometry", "sequences"),
     ("schema", "philox"),
     ("reference", "triton", "cuda"),
     ("backends",),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops.rnn.reference.common import (
+from fmkernels.ops.rnn.sequences import (
     active_steps,
     as_weights,
     per_direction,

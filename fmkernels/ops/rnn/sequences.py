@@ -1,4 +1,4 @@
-"""What the three kinds of layer share: order of steps, sequences that end early, weight gradients.
+"""What the backends share: order of steps, sequences that end early, weight gradients.
 
 Letters in shape comments: T steps, B batch, I input features, H hidden features, D directions.
 """
@@ -33,7 +33,9 @@ def where_active(active: Tensor | None, new: Tensor, otherwise: Tensor | float) 
     """``new`` where active, else ``otherwise``."""
     if active is None:
         return new
-    return torch.where(active, new, torch.as_tensor(otherwise, dtype=new.dtype, device=new.device))
+    if isinstance(otherwise, Tensor):
+        otherwise = otherwise.to(new.dtype)
+    return torch.where(active, new, otherwise)
 
 
 def previous_states(
