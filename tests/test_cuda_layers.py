@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels
 from fmkernels import functional, nn, testing
@@ -107,6 +108,64 @@ def test_causal_convolution_streams():
         part, state = run(piece, state)
         parts.append(part)
     assert torch.equal(torch.cat(parts, dim=-1), whole)
+
+
+class OperatorLog(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func).removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("length", [1, 12])
+def test_causal_convolution_reads_its_state_in_place(dtype, activation, length):
+    arguments = {
+        "input": testing.normal(2, 4, length, dtype=dtype),
+        "weight": testing.normal(4, 1, 4, dtype=dtype),
+        "bias": testing.normal(4, 1, dtype=dtype).flatten(),
+        "state": testing.normal(2, 4, 6, dtype=dtype),
+    }
+
+    def definition(input, weight, bias, state):
+        joined = torch.cat((state, input), -1)
+        output = torch.nn.functional.conv1d(joined, weight, bias, dilation=2, groups=4)
+        return testing.torch_activation(activation, output), joined[..., -6:]
+
+    def ours(input, weight, bias, state):
+        return functional.causal_conv1d(
+            input, weight, bias, 2, 4, state=state, return_state=True, activation=activation,
+            backend="cuda",
+        )  # fmt: skip
+
+    testing.compare(ours, definition, arguments)
+    with OperatorLog() as log:
+        functional.causal_conv1d(
+            arguments["input"], arguments["weight"], dilation=2, groups=4,
+            state=arguments["state"], backend="cuda",
+        )  # fmt: skip
+    assert "fmkernels.depthwise_forward" in log.names and "aten.cat" not in log.names
+
+
+def test_causal_convolution_joins_what_no_kernel_reads_in_place():
+    """A residual and full groups: the state is put before the input, as on other backends."""
+    input, state = testing.normal(2, 4, 9), testing.normal(2, 4, 3)
+    weight = testing.normal(4, 1, 4)
+    residual = testing.normal(2, 4, 9)
+    output = functional.causal_conv1d(
+        input, weight, groups=4, state=state, residual=residual, backend="cuda"
+    )
+    joined = torch.cat((state, input), -1)
+    expected = torch.nn.functional.conv1d(joined, weight, groups=4) + residual
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(fmkernels.UnsupportedError, match="depthwise convolutions only"):
+        functional.causal_conv1d(input, testing.normal(4, 4, 4), state=state, backend="cuda")
 
 
 @pytest.mark.parametrize(

@@ -377,13 +377,12 @@ def causal_conv1d(
     (step,) = _checks.integers("dilation", dilation, 1, 1)
     _checks.boolean("return_state", return_state)
     reach = _checks.integer("weight: dilation * (kernel - 1)", step * (weight.shape[2] - 1), 0)
-    edges = (reach, 0)
     if state is not None:
         _checks.tensor("state", state)
         _checks.same_kind("state", state, "input", input)
         expected = (*input.shape[:-1], reach)
         _checks.shape("state", state, expected, "the inputs that the kernel reaches back to")
-        input, edges = torch.cat((state.to(input.dtype), input), -1), (0, 0)
+        state = state.to(input.dtype)
     output = _conv(
         1,
         input,
@@ -401,12 +400,20 @@ def causal_conv1d(
         None,
         backend,
         packed_weight,
-        edges,
+        (reach, 0),
+        state,
     )
-    if not return_state:
-        return output
-    missing = max(0, reach - input.shape[-1])
-    return output, F.pad(input, (missing, 0))[..., input.shape[-1] + missing - reach :]
+    return (output, _next_state(input, state, reach)) if return_state else output
+
+
+def _next_state(input: Tensor, state: Tensor | None, reach: int) -> Tensor:
+    """The last ``reach`` columns of state and input, in memory of their own."""
+    length = input.shape[-1]
+    if length >= reach:
+        return input[..., length - reach :].clone(memory_format=torch.contiguous_format)
+    if state is None:
+        return F.pad(input, (reach - length, 0))
+    return torch.cat((state[..., length:], input), -1)
 
 
 def _conv(
@@ -427,8 +434,10 @@ def _conv(
     backend: str | None,
     packed_weight: Tensor | None,
     edges: tuple[int, ...] | None = None,
+    state: Tensor | None = None,
 ) -> Tensor:
-    """The convolutions. ``edges``: padding before and after each axis, instead of ``padding``."""
+    """The convolutions. ``edges``: padding before and after each axis, instead of ``padding``;
+    ``state``: what stands there instead of zeros."""
     _check_operands(dims, input, weight)
     check_groups(input.shape[-dims - 1], weight, groups, False)
     stride = _checks.integers("stride", stride, dims, 1)
@@ -440,7 +449,7 @@ def _conv(
     options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
     return _finish(
         input, weight, bias, scale, shift, residual, packed_weight, options, pool, backend,
-        (weight.shape[0], *output_size),
+        (weight.shape[0], *output_size), state,
     )  # fmt: skip
 
 
@@ -499,6 +508,7 @@ def _finish(
     pool: Pool | None,
     backend: str | None,
     output_shape: tuple[int, ...],
+    state: Tensor | None = None,
 ) -> Tensor:
     """Check what follows the convolution, whose output without N is given, and run all of it."""
     dims = len(options.stride)
@@ -528,6 +538,7 @@ def _finish(
         packed_weight,
         options,
         backend,
+        state.unsqueeze(0) if state is not None and unbatched else state,
     )
     if kind is not None and options.pool is None:
         output = pool_image(output, kind, window, backend)

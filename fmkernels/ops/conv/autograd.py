@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from fmkernels._dispatch import current_precision, select
 from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops.conv.autograd_causal import causal_conv
 from fmkernels.ops.conv.autograd_pool import pool
 from fmkernels.ops.conv.backends import CONV, fuses_pool
 from fmkernels.ops.conv.geometry import ConvOptions, in_layout, is_channels_last, window_parts
@@ -81,6 +82,7 @@ def conv(
     packed_weight: Tensor | None,
     options: ConvOptions,
     backend: str | None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """``pool(activation(scale * (conv(input, weight) + bias) + shift + residual))``.
 
@@ -89,11 +91,19 @@ def conv(
         scale, shift: of the dtype of ``input`` or the one it is accumulated in.
         packed_weight: result of :func:`pack_conv_weight`; ignored where autocast casts the weight.
         backend: as in :func:`fmkernels._dispatch.select`.
+        state: (N, C, padding) of a convolution over one axis that is padded on the left alone,
+            what stands there instead of zeros.
     """
     raw_weight = weight
-    input, weight, bias, residual = cast_for_autocast(input, weight, bias, residual)
+    input, weight, bias, residual, state = cast_for_autocast(input, weight, bias, residual, state)
     if weight is not raw_weight:
         packed_weight = None
+    if state is not None:
+        if scale is None and shift is None and residual is None:
+            output = causal_conv(input, weight, bias, state, options, backend)
+            if output is not None:
+                return output
+        input, options = torch.cat((state, input), -1), options._replace(padding=(0, 0))
     window = window_parts(options.window)
     if options.pool is not None and not fuses_pool(window[0], options):
         bare = options._replace(pool=None, window=())

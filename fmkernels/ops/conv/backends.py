@@ -117,6 +117,15 @@ CONV = {
     ),
 }
 
+# Causal convolutions that read a state in place of their padding.
+CAUSAL = {
+    "cuda": Backend(
+        supports=cuda.depthwise_supports,
+        forward=cuda.causal_forward,
+        backward=cuda.causal_backward,
+    ),
+}
+
 MAX_POOL = {
     "cpu": Backend(
         supports=_cpu_supports_max_pool,

@@ -178,6 +178,50 @@ def conv_forward(
     return output, result.to(input.dtype) if saves else absent, no_argmax
 
 
+def causal_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    options: ConvOptions,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """``activation(conv + bias)`` of (N, C, L) after the state (N, C, padding), and what the
+    backward wants of an activation other than relu."""
+    output, saved = _ops.depthwise_forward(
+        *_two_axes(input, weight), bias, state.unsqueeze(2), *_numbers(options),
+        options.activation, save_for_backward,
+    )  # fmt: skip
+    return output.squeeze(2), saved.view(output.squeeze(2).shape) if saved.numel() else saved
+
+
+def causal_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    kept: Tensor,
+    options: ConvOptions,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, weight, bias and state."""
+    image, filters = _two_axes(input, weight)
+    grad_input, grad_state, grad_weight, grad_bias = _ops.depthwise_backward(
+        grad_output.unsqueeze(2), image, filters, state.unsqueeze(2),
+        None if options.activation is None else kept.unsqueeze(2), *_numbers(options),
+        options.activation, need_input, need_state, need_weight, need_bias,
+    )  # fmt: skip
+    return (
+        grad_input.squeeze(2) if need_input else grad_input,
+        grad_weight.view(weight.shape) if need_weight else grad_weight,
+        grad_bias,
+        grad_state.squeeze(2) if need_state else grad_state,
+    )
+
+
 def conv_backward(
     grad_output: Tensor,
     input: Tensor,
