@@ -13,7 +13,7 @@ import torch
 
 from fmkernels import _native
 from fmkernels._version import __version__
-from fmkernels.ops._cuda_support import device_support
+from fmkernels.ops._cuda_support import build_facts, device_support
 from fmkernels.ops._triton.support import device_state
 
 # x86 first, then Arm.
@@ -132,7 +132,7 @@ def info() -> Info:
         native_error=_native.NATIVE_ERROR,
         isa=_native.isa(),
         isas_available=tuple(available),
-        build=build,
+        build={**build, **build_facts()},
         threads=torch.get_num_threads(),
         backends=_backend_states(),
         machine=machine(),

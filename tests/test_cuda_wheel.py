@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -13,13 +14,6 @@ from fmkernels.ops.attention.backends import CACHED
 from fmkernels.ops.rnn.backends import GRU, LSTM
 
 pytestmark = pytest.mark.smoke
-OPERATORS = (
-    "rnn_recurrence_forward",
-    "rnn_recurrence_backward",
-    "depthwise_forward",
-    "depthwise_backward",
-    "sdpa_decode",
-)
 built = pytest.mark.skipif(
     not _cuda_support.is_built(), reason="this package was built without CUDA kernels"
 )
@@ -30,7 +24,14 @@ def test_the_kernels_are_there_where_they_should_be():
         assert _cuda_support.is_built()
     if _cuda_support.is_built():
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        assert all(has(f"fmkernels::{name}", "CUDA") for name in OPERATORS)
+        assert all(has(f"fmkernels::{name}", "CUDA") for name in _cuda_support.OPERATORS)
+
+
+@built
+def test_info_lists_what_was_built():
+    build = fmkernels.info().build
+    assert build["CUDA operators"] == list(_cuda_support.OPERATORS)
+    assert re.fullmatch(r"\d+\.\d(, \d+\.\d)*", build["CUDA architectures"])
 
 
 def test_info_says_why_not():

@@ -11,6 +11,8 @@ DeviceLimits device_limits() {
   return {device.multiprocessors, device.shared_per_block};
 }
 
+std::string device_architectures() { return ""; }
+
 std::string device_problem(int) { return ""; }
 
 void zero(void* data, size_t bytes, Stream) { std::memset(data, 0, bytes); }
@@ -37,6 +39,15 @@ DeviceLimits device_limits() {
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
   return {multiprocessors, static_cast<size_t>(shared)};
+}
+
+std::string device_architectures() {
+  std::string text;
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {
+    if (!text.empty()) text += ", ";
+    text += std::to_string(architecture / 100) + "." + std::to_string(architecture % 100 / 10);
+  }
+  return text;
 }
 
 std::string device_problem(int index) {
@@ -67,8 +78,8 @@ std::string device_problem(int index) {
   if (status == cudaSuccess) return "";
   cudaGetLastError();
   if (status == cudaErrorNoKernelImageForDevice) {
-    return "the kernels were not built for compute capability " + std::to_string(major) + "." +
-           std::to_string(minor);
+    return "the kernels were built for compute capability " + device_architectures() +
+           ", the device has " + std::to_string(major) + "." + std::to_string(minor);
   }
   return cudaGetErrorString(status);
 }

@@ -23,6 +23,9 @@ struct DeviceLimits {
 // Of the current device. Throws Error.
 DeviceLimits device_limits();
 
+// The compute capabilities that the kernels were compiled for: "8.0, 9.0, 10.0".
+std::string device_architectures();
+
 // Empty if the kernels of this build run on device `index`, else why not: no driver, one that is
 // too old, a compute capability that they were not compiled for.
 std::string device_problem(int index);

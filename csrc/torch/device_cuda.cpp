@@ -1,6 +1,8 @@
 // Whether the CUDA kernels run on a device: for the Python layer's choice of backend.
 #include "torch/cuda.h"
 
+// Not in the emulator's build: these operators tell whether the package has CUDA kernels.
+#if !defined(FMK_EMULATE_CUDA)
 namespace fmk::ops {
 namespace {
 
@@ -9,12 +11,13 @@ std::string cuda_device_problem(int64_t device) {
   return cuda::device_problem(static_cast<int>(device));
 }
 
+std::string cuda_architectures() { return cuda::device_architectures(); }
+
 }  // namespace
 }  // namespace fmk::ops
 
-// Not in the emulator's build: this operator tells whether the package has CUDA kernels.
-#if !defined(FMK_EMULATE_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_device_problem", TORCH_BOX(&fmk::ops::cuda_device_problem));
+  m.impl("cuda_architectures", TORCH_BOX(&fmk::ops::cuda_architectures));
 }
 #endif

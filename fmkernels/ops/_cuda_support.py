@@ -15,9 +15,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("fmkernels", "FRAGMENT")
 _library.define("cuda_device_problem(int device) -> str")
+_library.define("cuda_architectures() -> str")
 
 # Tests load the same kernels for CPU tensors (build_support/emulator.py) and set this.
 EMULATED = False
+
+
+OPERATORS = (
+    "rnn_recurrence_forward",
+    "rnn_recurrence_backward",
+    "depthwise_forward",
+    "depthwise_backward",
+    "sdpa_decode",
+)
 
 
 def is_built() -> bool:
@@ -25,6 +35,16 @@ def is_built() -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     name, key = "fmkernels::cuda_device_problem", "CompositeExplicitAutograd"
     return _native.HAS_NATIVE and has(name, key)
+
+
+def build_facts() -> dict[str, object]:
+    """What the native library holds for CUDA tensors: empty without CUDA kernels."""
+    if not is_built():
+        return {}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    operators = [name for name in OPERATORS if has(f"fmkernels::{name}", "CUDA")]
+    architectures = torch.ops.fmkernels.cuda_architectures()
+    return {"CUDA operators": operators, "CUDA architectures": architectures}
 
 
 @functools.cache
