@@ -124,10 +124,15 @@ def environment(variant: str, library: Path) -> Mapping[str, str]:
     if chosen.runtime is not None:
         compiler = find_compiler(os.environ)
         assert compiler is not None, "the library was built with one"
-        query = [*compiler, f"-print-file-name={chosen.runtime}"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-        settings["LD_PRELOAD"] = found
+        # A sanitizer that starts before libstdc++ is there does not find the function that throws.
+        found = [_library_path(compiler, name) for name in (chosen.runtime, "libstdc++.so")]
+        settings["LD_PRELOAD"] = " ".join(found)
     return settings
+
+
+def _library_path(compiler: list[str], name: str) -> str:
+    query = [*compiler, f"-print-file-name={name}"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _link(
