@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from build_support import cuda, native  # noqa: E402
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
+MAJOR = 13  # of the toolkit: other compilers need other registers
 # Kernels whose half-precision instances multiply matrices; the other kernels are bandwidth-bound.
 MATRIX = ("rnn_forward_kernel", "rnn_backward_kernel", "decode_kernel")
 # Kernels that have too little to read for vectors.
@@ -66,7 +67,7 @@ class Tools:
 
 def find_tools() -> Tools | str:
     """nvcc with a complete toolkit, and a disassembler; or what is missing."""
-    toolkit = cuda.find_toolkit(cuda.toolkit_candidates(os.environ))
+    toolkit = cuda.find_toolkit(cuda.toolkit_candidates(os.environ), MAJOR)
     if isinstance(toolkit, str):
         return toolkit
     nvdisasm = shutil.which("nvdisasm") or _triton_nvdisasm()
@@ -172,12 +173,12 @@ def main(match: str = "") -> int:
     return 1 if failed else 0
 
 
-def toolkit_version() -> int:
-    """Prints the major version of the toolkit found; or returns 1 and says what is missing."""
-    toolkit = cuda.find_toolkit(cuda.toolkit_candidates(os.environ))
-    print(toolkit if isinstance(toolkit, str) else toolkit.major)
-    return int(isinstance(toolkit, str))
+def check_tools() -> int:
+    """Prints where nvcc is; or returns 1 and says what is missing."""
+    tools = find_tools()
+    print(tools if isinstance(tools, str) else tools.nvcc)
+    return int(isinstance(tools, str))
 
 
 if __name__ == "__main__":
-    sys.exit(toolkit_version() if sys.argv[1:] == ["--toolkit"] else main())
+    sys.exit(check_tools() if sys.argv[1:] == ["--tools"] else main())

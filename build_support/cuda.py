@@ -51,12 +51,19 @@ def inspect_toolkit(root: Path) -> Toolkit | str:
         return "no bin/nvcc"
     if not (root / "include" / "cuda_runtime.h").is_file():
         return "no include/cuda_runtime.h"
+    # What cuda_fp16.h includes comes in a package of its own where the toolkit comes as wheels.
+    if not any(
+        (root / "include" / folder / "nv" / "target").is_file() for folder in (".", "cccl")
+    ):
+        return "no include/nv/target nor include/cccl/nv/target (nvidia-cuda-cccl)"
     version_header = root / "include" / "cuda_runtime_api.h"
     text = version_header.read_text(errors="replace") if version_header.is_file() else ""
     version = re.search(r"^#define\s+CUDART_VERSION\s+(\d+)", text, re.MULTILINE)
     if version is None:
         return "no CUDART_VERSION in include/cuda_runtime_api.h"
-    for library_dir in (root / "lib64", root / "lib", root / "targets" / "x86_64-linux" / "lib"):
+    # As NVIDIA's installer, wheels, conda and Debian's packages have it.
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu"):
+        library_dir = root / folder
         if (library_dir / "libcudart_static.a").is_file():
             return Toolkit(root, library_dir, int(version.group(1)) // 1000)
     return "no libcudart_static.a"
@@ -75,15 +82,19 @@ def toolkit_candidates(environ: Mapping[str, str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def find_toolkit(candidates: Iterable[Path]) -> Toolkit | str:
-    """The first complete toolkit, or what the candidates lack."""
+def find_toolkit(candidates: Iterable[Path], major: int) -> Toolkit | str:
+    """The first complete toolkit of a major version, or what the candidates lack."""
     rejected = []
     for root in candidates:
         toolkit = inspect_toolkit(root)
-        if not isinstance(toolkit, str):
+        if isinstance(toolkit, str):
+            rejected.append(f"{root}: {toolkit}")
+        elif toolkit.major != major:
+            rejected.append(f"{root}: is CUDA {toolkit.major}")
+        else:
             return toolkit
-        rejected.append(f"{root}: {toolkit}")
-    return f"no complete CUDA toolkit was found ({'; '.join(rejected) or 'nothing to look at'})"
+    looked = "; ".join(rejected) or "nothing to look at"
+    return f"no complete CUDA {major} toolkit was found ({looked})"
 
 
 def gpu_present() -> bool:
@@ -153,19 +164,11 @@ def decide(
     if mode == "auto" and not arch_list and not has_gpu:
         return refuse("there is no GPU here and TORCH_CUDA_ARCH_LIST is not set")
 
-    wanted_major = int(torch_cuda.split(".")[0])
-    rejected = []
-    for root in candidates:
-        toolkit = inspect_toolkit(root)
-        if isinstance(toolkit, str):
-            rejected.append(f"{root}: {toolkit}")
-        elif toolkit.major != wanted_major:
-            rejected.append(f"{root}: is CUDA {toolkit.major}")
-        else:
-            if not arch_list and has_gpu:
-                gencode: tuple[str, ...] = ("-arch=native",)
-            else:
-                gencode = gencode_flags(arch_list or DEFAULT_ARCH_LIST)
-            return CudaDecision(toolkit, f"CUDA {toolkit.major} toolkit at {root}", gencode)
-    looked = "; ".join(rejected) if rejected else "nothing to look at"
-    return refuse(f"no complete CUDA {wanted_major} toolkit was found ({looked})")
+    toolkit = find_toolkit(candidates, int(torch_cuda.split(".")[0]))
+    if isinstance(toolkit, str):
+        return refuse(toolkit)
+    if not arch_list and has_gpu:
+        gencode: tuple[str, ...] = ("-arch=native",)
+    else:
+        gencode = gencode_flags(arch_list or DEFAULT_ARCH_LIST)
+    return CudaDecision(toolkit, f"CUDA {toolkit.major} toolkit at {toolkit.root}", gencode)

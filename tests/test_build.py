@@ -41,6 +41,7 @@ def make_toolkit(root: Path, major: int = 13, missing: str = "") -> Path:
     files = {
         "nvcc": ("bin/nvcc", "#!/bin/sh\n"),
         "headers": ("include/cuda_runtime.h", ""),
+        "cccl": ("include/cccl/nv/target", ""),
         "version": ("include/cuda_runtime_api.h", f"#define CUDART_VERSION  {major}020\n"),
         "library": ("lib64/libcudart_static.a", ""),
     }
@@ -90,6 +91,7 @@ class TestCudaDecision:
         [
             ("nvcc", "no bin/nvcc"),
             ("headers", "no include/cuda_runtime.h"),
+            ("cccl", "no include/nv/target"),
             ("version", "no CUDART_VERSION"),
             ("library", "no libcudart_static.a"),
         ],
