@@ -1,7 +1,7 @@
 """GPU kernels compiled without a GPU: the gates, and that they can fail.
 
-The whole registry is compiled by ``python benchmarks/gpu_static.py``; here one kernel of a family
-for two chips.
+The whole registry is compiled by ``python benchmarks/gpu_static.py``; here one kernel for two
+chips.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ pytestmark = [
 
 if support.TRITON.ok:
     from fmkernels.bench.gpu import gates, registry, sweep
+    from fmkernels.bench.gpu.inspect import CHIPS
 
 GOOD = {
     "registers": 128,
@@ -111,6 +112,21 @@ def test_every_case_is_named_once_and_every_kernel_declared():
     for name in registry.FAMILIES:
         names = [case.name for case in registry.family(name)[1]]
         assert len(names) == len(set(names)), name
+
+
+def test_every_configuration_is_compiled_by_a_case(monkeypatch):
+    assert sweep.uncovered(list(CHIPS)) == []
+    kept = [case for name, case in registry.cases().items() if name != "linear.rows_8"]
+    monkeypatch.setattr(registry, "cases", lambda: {f"linear.{case.name}": case for case in kept})
+    assert any("gemm_fwd_kernel sm_80 tiny" in missing for missing in sweep.uncovered(["sm_80"]))
+
+
+def test_the_subset_for_ci_has_every_kernel():
+    wanted = sweep.jobs(list(CHIPS), ["bf16"])
+    chosen = sweep.representative(wanted)
+    launched = {(launch.kernel, job.arch) for job in chosen for launch in sweep.planned(job)}
+    assert launched == {(name, arch) for name in registry.kernels() for arch in CHIPS}
+    assert len(chosen) < len(wanted) / 4
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])

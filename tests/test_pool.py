@@ -35,10 +35,18 @@ PROBLEMS = {
 problems = pytest.mark.parametrize(("shape", "options"), PROBLEMS.values(), ids=PROBLEMS.keys())
 
 
+def skip_long_interpretation(backend, options, *variant):
+    """Triton's interpreter needs up to half a minute for 256 taps: it gets one variant of them."""
+    once = (torch.float32, "channels_last"), (torch.float32, "contiguous", "narrowed")
+    if backend == "triton" and options[0] == 16 and variant not in once:
+        pytest.skip("256 taps are interpreted once")
+
+
 @problems
 @layouts
 @dtypes
 def test_matches_torch_bit_by_bit(shape, options, layout, dtype, backend):
+    skip_long_interpretation(backend, options, dtype, layout)
     # Integers tie: the first maximum must be the one that is chosen.
     input = testing.integers(*shape, dtype=dtype, layout=layout, low=-4, high=4)
     expected = F.max_pool2d(input, *options, return_indices=True)
@@ -56,6 +64,7 @@ def test_matches_torch_bit_by_bit(shape, options, layout, dtype, backend):
 @dtypes
 @pytest.mark.parametrize("grad_layout", ["contiguous", "expanded", "narrowed"])
 def test_gradient(shape, options, layout, dtype, grad_layout, backend):
+    skip_long_interpretation(backend, options, dtype, layout, grad_layout)
     input = testing.integers(*shape, dtype=dtype, layout=layout, low=-4, high=4)
     testing.compare(
         lambda input: FF.max_pool2d(input, *options, backend=backend),

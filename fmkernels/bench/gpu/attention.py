@@ -95,19 +95,30 @@ def _cached(width: int, page: int = 0) -> Callable[[torch.dtype], None]:
     return call
 
 
+_BOTH = ("bf16", "fp32")
+
 CASES = (
-    Case("causal_d64", _attention(64, window_right=0), dtypes=("bf16", "fp32")),
-    Case("causal_d128", _attention(128, window_right=0), dtypes=("bf16", "fp16", "tf32")),
-    Case("causal_d256", _attention(256, window_right=0), dtypes=("bf16", "fp32")),
-    Case("causal_d512", _attention(512, window_right=0), dtypes=("bf16",)),
+    Case("causal_d64", _attention(64, window_right=0), dtypes=_BOTH),
+    Case("causal_d128", _attention(128, window_right=0), dtypes=("bf16", "fp16", "fp32", "tf32")),
+    Case("causal_d256", _attention(256, window_right=0), dtypes=_BOTH),
+    Case("causal_d512", _attention(512, window_right=0), dtypes=_BOTH),
     Case("grouped_window_d128", _attention(128, shared=4, window_left=1024, window_right=0),
          dtypes=("bf16",)),
     Case("packed_d64", _attention(64, batch=1, sequences=16, window_right=0), dtypes=("bf16",)),
     Case("features_d64", _attention(64, features=True, window_right=0), dtypes=("bf16",)),
     Case("features_d128", _attention(128, features=True, window_right=0), dtypes=("bf16",)),
+    # A mask with a gradient of its own shape, and masks that are broadcast.
     Case("mask_d64", _attention(64, mask=(1, 16, 4096, 4096)), dtypes=("bf16",)),
-    Case("mask_d128", _attention(128, mask=(4, 1, 1, 4096)), dtypes=("fp32",)),
-    Case("mask_d256", _attention(256, mask=(4, 1, 1, 4096)), dtypes=("bf16",)),
-    Case("decode_paged_d128", _cached(128, page=16), dtypes=("bf16", "fp32")),
-    Case("decode_d256", _cached(256), dtypes=("bf16", "fp32")),
+    Case("key_mask_d64", _attention(64, mask=(4, 1, 1, 4096)), dtypes=("fp32",)),
+    Case("key_mask_d128", _attention(128, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
+    Case("key_mask_d256", _attention(256, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
+    Case("key_mask_d512", _attention(512, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
+    Case("decode_d64", _cached(64), dtypes=_BOTH),
+    Case("decode_paged_d128", _cached(128, page=16), dtypes=_BOTH),
+    Case("decode_d256", _cached(256), dtypes=_BOTH),
+    Case("decode_d512", _cached(512), dtypes=_BOTH),
+    # Rows of 130 and of 250 bytes.
+    Case("unaligned_d65", _attention(65, window_right=0), dtypes=("bf16",), aligned=False),
+    Case("unaligned_d125", _attention(125, window_right=0), dtypes=("bf16",), aligned=False),
+    Case("unaligned_decode_d65", _cached(65), dtypes=("bf16",), aligned=False),
 )  # fmt: skip

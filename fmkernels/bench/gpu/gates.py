@@ -60,18 +60,6 @@ def problems(row: Row) -> list[str]:
     return wrong
 
 
-def uncovered(rows: Iterable[Row], archs: Iterable[str]) -> list[str]:
-    """Launch configurations in a kernel's table that no case compiled."""
-    compiled = {(row.kernel, row.arch, row.tile) for row in rows}
-    return [
-        f"{name} {arch} {case}: {config.name} is in the table, and no case compiles it"
-        for name, kernel in registry.kernels().items()
-        for arch in archs
-        for case, config in kernel.tables.get(arch, {}).items()
-        if (name, arch, config.name) not in compiled
-    ]
-
-
 def baseline_entry(row: Row) -> dict[str, Any]:
     """What the committed baseline keeps of a row."""
     kept = ("registers", "spills", "shared", "tensor_memory")

@@ -113,18 +113,32 @@ def _all(steps: int, batch: int, hidden: int) -> Callable[[torch.dtype], None]:
     return _several([kind(steps, batch, hidden) for kind in (_lstm, _gru, _rnn)])
 
 
+_FULL = ("fp32", "tf32")
+
 CASES = (
     # Whole sequences: 100 steps of 64 sequences.
     Case("h16", _all(100, 64, 16), dtypes=("bf16",)),
+    Case("h32", _all(100, 64, 32), dtypes=("bf16", "fp32", "tf32")),
     Case("h64", _all(100, 64, 64), dtypes=("bf16", "fp16")),
-    Case("h64_wide", _all(100, 64, 64), dtypes=("tf32",), archs=_NVIDIA),
+    Case("h64_wide", _all(100, 64, 64), dtypes=_FULL, archs=_NVIDIA),
     Case("h128", _all(100, 64, 128), dtypes=("bf16",), archs=_NVIDIA),
+    Case("rnn_h64", _rnn(100, 64, 64), dtypes=("fp32",), archs=("gfx942",)),
+    Case("rnn_h128", _rnn(100, 64, 128), dtypes=("bf16",), archs=("gfx942",)),
     Case("rnn_h256", _rnn(100, 64, 256), dtypes=("bf16",), archs=_NVIDIA),
     Case("variants_h64", _lstm(100, 64, 64, options=_VARIANTS, masks=True), dtypes=("bf16",)),
+    Case("norm_h16", _lstm(100, 64, 16, options=_NORMED, masks=True), dtypes=("bf16",)),
+    Case("norm_h32", _lstm(100, 64, 32, options=_NORMED, masks=True), dtypes=("bf16", "fp32")),
     Case("norm_h64", _lstm(100, 64, 64, options=_NORMED, projected=32, masks=True),
          dtypes=("bf16",)),
+    Case("norm_h64_wide", _lstm(100, 64, 64, options=_NORMED, projected=32, masks=True),
+         dtypes=_FULL, archs=_NVIDIA),
+    Case("norm_h128", _lstm(100, 64, 128, options=_NORMED, projected=64, masks=True),
+         dtypes=("bf16",), archs=_NVIDIA),
     # A launch per step; a cell, which projects its input itself.
     Case("steps_h1024", _all(3, 128, 1024), dtypes=("bf16", "fp32")),
     Case("steps_few_h1024", _all(3, 8, 1024), dtypes=("bf16", "fp32")),
     Case("cell_h1024", _all(1, 128, 1024), dtypes=("bf16",)),
+    # Rows of 100 and of 2002 bytes.
+    Case("unaligned_h50", _all(100, 64, 50), dtypes=("bf16",), aligned=False),
+    Case("unaligned_h1001", _all(3, 128, 1001), dtypes=("bf16",), aligned=False),
 )  # fmt: skip

@@ -9,11 +9,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmkernels.bench.gpu import registry
+
+if TYPE_CHECKING:
+    from fmkernels.ops._triton.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,47 @@ def jobs(
         for arch in archs
         for dtype in case.dtypes
         if dtype in dtypes and arch in case.archs and match in name
+    ]
+
+
+def planned(job: Job) -> list[Launch]:
+    """The launches that a job would compile, found on meta tensors without compiling."""
+    from fmkernels.ops._triton.launch import counted_launches
+
+    with allow_tf32(job.dtype == "tf32"), counted_launches(job.arch) as seen:
+        registry.cases()[job.case].call(registry.DTYPES[job.dtype])
+    return seen
+
+
+def representative(wanted: Sequence[Job]) -> list[Job]:
+    """A part of the jobs that launches, for each chip, every kernel that all of them launch.
+
+    Chosen greedily: always the job that adds most kernels, of equals the first.
+    """
+    launched = {job: {(job.arch, launch.kernel) for launch in planned(job)} for job in wanted}
+    missing = set().union(*launched.values())
+    chosen = []
+    while missing:
+        best = max(wanted, key=lambda job: len(launched[job] & missing))
+        chosen.append(best)
+        missing -= launched[best]
+    return chosen
+
+
+def uncovered(archs: Sequence[str]) -> list[str]:
+    """Launch configurations in a kernel's table that no case launches."""
+    used = {
+        # By identity: equal tiles of two cases of a table are two things to compile.
+        (launch.kernel, job.arch, id(launch.config))
+        for job in jobs(archs)
+        for launch in planned(job)
+    }
+    return [
+        f"{name} {arch} {case}: {config.name} is in the table, and no case compiles it"
+        for name, kernel in registry.kernels().items()
+        for arch in archs
+        for case, config in kernel.tables.get(arch, {}).items()
+        if (name, arch, id(config)) not in used
     ]
 
 

@@ -77,8 +77,8 @@ def gemm_fwd_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         accumulator = dot(x, w, accumulator, PRECISION)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+        x_ptrs += as_dtype(BLOCK_K, INDEX)
+        w_ptrs += as_dtype(BLOCK_K, INDEX)
     if bias_ptr is not None:
         accumulator += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
     offs_y = offs_m[:, None] * N + offs_n[None, :]
@@ -136,9 +136,9 @@ def gemm_gated_fwd_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         gate = dot(x, tl.load(gate_ptrs, mask=mask_w, other=0.0), gate, PRECISION)
         up = dot(x, tl.load(up_ptrs, mask=mask_w, other=0.0), up, PRECISION)
-        x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+        x_ptrs += as_dtype(BLOCK_K, INDEX)
+        gate_ptrs += as_dtype(BLOCK_K, INDEX)
+        up_ptrs += as_dtype(BLOCK_K, INDEX)
     if gate_bias_ptr is not None:
         gate += tl.load(gate_bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
     if up_bias_ptr is not None:
@@ -261,7 +261,7 @@ def _bwd_dx_tile(
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         accumulator = dot(dy, w, accumulator, PRECISION)
-        dy_ptrs += BLOCK_K
+        dy_ptrs += as_dtype(BLOCK_K, INDEX)
         w_ptrs += BLOCK_K * as_dtype(K, INDEX)
     offs_dx = offs_m[:, None] * K + offs_k[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
@@ -387,7 +387,7 @@ def gemm_forward(
         )
 
     key = ("gemm_fwd", input.dtype, precision, activation, power_of_two(rows), columns, depth)
-    default = forward_config(rows, precision, input.dtype)
+    default = forward_config(rows, precision, input.dtype, dropout_p > 0.0)
     run(tuned(key, default, FORWARD_CONFIGS[architecture()], run))
 
 

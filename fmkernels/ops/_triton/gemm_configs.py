@@ -6,13 +6,14 @@ import torch
 
 from fmkernels.ops._triton.launch import Config, architecture, config
 
-# "tiny" and "small": at most 16 and 64 rows, bound by reading the weight. "tf32": twice the bytes
-# per element. "ieee": float32 without tf32 runs on the FMA units from registers, so tiles are
-# small; also float64.
+# "tiny" and "small": at most 16 and 64 rows, bound by reading the weight. "dropout": Philox's
+# words want the registers of half a large tile. "tf32": twice the bytes per element. "ieee":
+# float32 without tf32 runs on the FMA units from registers, so tiles are small; also float64.
 FORWARD_CONFIGS = {
     # 128x128x64 w8 s3: 64 KB of shared memory, and no spill with any epilogue; at w4 it spills.
     "sm_80": {
         "large": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        "dropout": config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
         "small": config(4, 4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
         "tiny": config(4, 4, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128),
         "tf32": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
@@ -20,6 +21,7 @@ FORWARD_CONFIGS = {
     },
     "sm_90": {
         "large": config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        "dropout": config(8, 4, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
         "small": config(4, 4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
         "tiny": config(4, 4, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128),
         "tf32": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
@@ -27,6 +29,7 @@ FORWARD_CONFIGS = {
     },
     "sm_100": {
         "large": config(8, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        "dropout": config(8, 4, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
         "small": config(4, 4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
         "tiny": config(4, 4, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128),
         "tf32": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
@@ -35,6 +38,7 @@ FORWARD_CONFIGS = {
     # LDS is 64 KB; two stages of the large tile take 32 KB.
     "gfx942": {
         "large": config(8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        "dropout": config(8, 2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
         "small": config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
         "tiny": config(4, 2, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128),
         "tf32": config(8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
@@ -42,7 +46,7 @@ FORWARD_CONFIGS = {
     },
     "interpret": {
         name: config(4, 1, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
-        for name in ("large", "small", "tiny", "tf32", "ieee")
+        for name in ("large", "dropout", "small", "tiny", "tf32", "ieee")
     },
 }
 # BLOCK_M x BLOCK_N is the tile of either gradient, BLOCK_K the step of its reduction.
@@ -62,7 +66,7 @@ BACKWARD_CONFIGS = {
     "sm_100": {
         "large": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
         "small": config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
-        "tf32": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
+        "tf32": config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32),
         "ieee": config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16),
     },
     "gfx942": {
@@ -110,14 +114,16 @@ ELEMENTWISE_CONFIGS = {
 }
 
 
-def forward_config(rows: int, precision: str, dtype: torch.dtype) -> Config:
+def forward_config(rows: int, precision: str, dtype: torch.dtype, dropout: bool = False) -> Config:
     """The launch configuration of ``gemm_fwd_kernel`` for a number of rows."""
     table = FORWARD_CONFIGS[architecture()]
     if _on_fma_units(precision, dtype):
         return table["ieee"]
     if dtype is torch.float32:
         return table["tf32"]
-    return table["tiny" if rows <= 16 else "small" if rows <= 64 else "large"]
+    if rows > 64:
+        return table["dropout" if dropout else "large"]
+    return table["tiny" if rows <= 16 else "small"]
 
 
 def backward_config(rows: int, precision: str, dtype: torch.dtype) -> Config:

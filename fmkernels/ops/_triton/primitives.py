@@ -42,20 +42,21 @@ def drop(x, seed_ptr, row, column, THRESHOLD: tl.constexpr, FACTOR: tl.constexpr
 
     ``row`` and ``column`` broadcast against each other.
     """
+    # Halves before they are broadcast: a whole tile of int64 would take twice the registers.
     row = row.to(tl.int64)
-    counter, row = tl.broadcast((column // 4).to(tl.int64), row)
-    low = row & 0xFFFFFFFF
+    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
+    counter, low = tl.broadcast((column // 4).to(tl.uint32), low)
+    high = tl.broadcast(high, counter)[0]
     first, second, third, fourth = tl.philox(
-        tl.load(seed_ptr),
-        low.to(tl.uint32),
-        (row >> 32).to(tl.uint32),
-        counter.to(tl.uint32),
-        tl.zeros_like(row).to(tl.uint32),
+        tl.load(seed_ptr), low, high, counter, tl.zeros_like(counter)
     )
     lane = column % 4
     early, late = tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth)
     word = tl.where(lane < 2, early, late)
-    return tl.where(word.to(tl.int64) >= THRESHOLD, x * FACTOR, 0.0)
+    if THRESHOLD == 4294967296:  # all of them
+        return tl.zeros_like(x)
+    else:
+        return tl.where(word >= tl.full((), THRESHOLD, tl.uint32), x * FACTOR, 0.0)
 
 
 @triton.jit

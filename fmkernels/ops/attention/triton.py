@@ -207,7 +207,7 @@ def _row_sums(
     need_sinks: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """delta, like lse; the gradient of the sinks if needed."""
-    config = configs.STREAM[architecture()]
+    config = configs.STREAM[architecture()]["all"]
     blocks = triton.cdiv(problem.queries, config["BLOCK_M"])
     delta = torch.empty_like(lse)
     sinks = problem.options.sinks

@@ -127,7 +127,7 @@ def sdpa_cached(
     launch(
         attention_merge_kernel,
         (batch * heads * queries,),
-        configs.MERGE[architecture()],
+        configs.MERGE[architecture()]["all"],
         acc,
         maxima,
         sums,
@@ -152,7 +152,7 @@ def kv_cache_append(
     seqlens: Tensor,
     page_table: Tensor | None,
 ) -> None:
-    config = configs.STREAM[architecture()]
+    config = configs.STREAM[architecture()]["all"]
     for cache, new in ((key_cache, key), (value_cache, value)):
         batch, heads, rows, width = new.shape
         capacity, page_size, pages = _geometry(cache, page_table)

@@ -11,10 +11,9 @@ from timings: no GPU was at hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fmkernels.ops._triton.launch import Config, Table, config
 
+_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WIDTHS = (64, 128, 256, 512)
 _Tile = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
 
@@ -61,7 +60,7 @@ FORWARD: Table = {
     | _cases(4, _FULL_PRECISION, ()),
     "sm_90": _cases(
         2,
-        ((128, 64, 4, 2), (128, 128, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
+        ((128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
         ((128, 64, 8, 2), (128, 64, 8, 2), _SMALL, _TINY),
     )
     | _cases(4, _FULL_PRECISION, ()),
@@ -89,7 +88,7 @@ KEYS_VALUES: Table = {
     | _cases(4, _FULL_PRECISION, ()),
     "sm_90": _cases(
         2,
-        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1), _TINY),
+        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)),
         (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
     )
     | _cases(4, _FULL_PRECISION, ()),
@@ -117,8 +116,8 @@ QUERIES: Table = {
     | _cases(4, _FULL_PRECISION, ()),
     "sm_90": _cases(
         2,
-        ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), _TINY),
-        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+        ((128, 64, 8, 2), (128, 64, 8, 2), (32, 16, 8, 1), _TINY),
+        (_SMALL, (32, 32, 8, 1), (16, 32, 4, 1), _TINY),
     )
     | _cases(4, _FULL_PRECISION, ()),
     "sm_100": _cases(
@@ -146,11 +145,11 @@ MASK: Table = {
         )
         for width, tile in zip(_WIDTHS, tiles, strict=True)
     }
-    for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for arch in _ARCHITECTURES
 } | {"interpret": _interpreted(64, 64)}
 
 # Rows are queries times the heads of a group; 16 is the least that a matrix instruction takes.
-_DECODE_WIDE = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1))
+_DECODE_WIDE = ((16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))
 DECODE: Table = {
     arch: {
         case(size, width): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
@@ -164,10 +163,7 @@ DECODE: Table = {
 } | {"interpret": _interpreted(16, 64)}
 
 # Kernels that only stream rows.
-STREAM: Mapping[str, Config] = {
-    arch: config(4, 1, BLOCK_M=16) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-} | {"interpret": config(4, 1, BLOCK_M=64)}
-
-MERGE: Mapping[str, Config] = {
-    arch: config(4, 1) for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpret")
+STREAM: Table = {arch: {"all": config(4, 1, BLOCK_M=16)} for arch in _ARCHITECTURES} | {
+    "interpret": {"all": config(4, 1, BLOCK_M=64)}
 }
+MERGE: Table = {arch: {"all": config(4, 1)} for arch in (*_ARCHITECTURES, "interpret")}

@@ -22,18 +22,22 @@ from fmkernels.ops._triton.splits import sum_splits
 from fmkernels.ops._triton.support import unsupported
 
 # Bound by memory. A program holds BLOCK_M rows of at most BLOCK_N features, 8 to 32 elements of
-# each operand per thread; the backward also the sums for weight and bias.
+# each operand per thread; the backward also the sums for weight and bias. Where those do not fit
+# the registers beside a row, BLOCK_C is not 0: other programs make them from a second reading,
+# BLOCK_C columns each.
 _GPU_CONFIGS = {
-    "256": config(4, 1, BLOCK_M=4, BLOCK_N=256),
-    "1024": config(4, 1, BLOCK_M=1, BLOCK_N=1024),
-    "4096": config(8, 1, BLOCK_M=1, BLOCK_N=4096),
-    "16384": config(16, 1, BLOCK_M=1, BLOCK_N=16384),
+    "256": config(4, 1, BLOCK_M=4, BLOCK_N=256, BLOCK_C=0),
+    "1024": config(4, 1, BLOCK_M=1, BLOCK_N=1024, BLOCK_C=0),
+    "4096": config(16, 1, BLOCK_M=1, BLOCK_N=4096, BLOCK_C=0),
+    "16384": config(16, 1, BLOCK_M=1, BLOCK_N=16384, BLOCK_C=256),
 }
 NORM_CONFIGS = {
     **{arch: _GPU_CONFIGS for arch in ("sm_80", "sm_90", "sm_100", "gfx942")},
     "interpret": {
-        **{name: config(4, 1, BLOCK_M=32, BLOCK_N=int(name)) for name in ("256", "1024")},
-        **{name: config(4, 1, BLOCK_M=4, BLOCK_N=int(name)) for name in ("4096", "16384")},
+        "256": config(4, 1, BLOCK_M=32, BLOCK_N=256, BLOCK_C=0),
+        "1024": config(4, 1, BLOCK_M=32, BLOCK_N=1024, BLOCK_C=0),
+        "4096": config(4, 1, BLOCK_M=4, BLOCK_N=4096, BLOCK_C=0),
+        "16384": config(4, 1, BLOCK_M=4, BLOCK_N=16384, BLOCK_C=4096),
     },
 }
 
@@ -58,6 +62,7 @@ def norm_fwd_kernel(
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # of the backward
 ):
     """``y = normalise(dropout(x) + residual) * weight + bias`` over rows."""
     row = as_dtype(tl.program_id(0), tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -101,12 +106,59 @@ def norm_bwd_kernel(
     rstd_ptr,
     dx_ptr,  # or None
     dresidual_ptr,
-    dweight_ptr,  # (programs, features) or None
+    dweight_ptr,  # (parts, features) or None
     dbias_ptr,
     seed_ptr,
     rows,
     features,
-    row_blocks,  # per program
+    row_programs,
+    row_blocks,  # per part
+    RMS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradients of x and the residual, and each part's sums for weight and bias."""
+    if BLOCK_C == 0:
+        _bwd_rows(
+            dy_ptr, dsum_ptr, sum_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
+            dweight_ptr, dbias_ptr, seed_ptr, tl.program_id(0), rows, features, row_blocks,
+            RMS, THRESHOLD, FACTOR, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    elif tl.program_id(0) < row_programs:
+        _bwd_rows(
+            dy_ptr, dsum_ptr, sum_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
+            None, None, seed_ptr, tl.program_id(0), rows, features, 1,
+            RMS, THRESHOLD, FACTOR, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _bwd_columns(
+            dy_ptr, sum_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,
+            tl.program_id(0) - row_programs, rows, features, row_blocks,
+            RMS, ACC, BLOCK_M, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def _bwd_rows(
+    dy_ptr,
+    dsum_ptr,
+    sum_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    seed_ptr,
+    program,
+    rows,
+    features,
+    row_blocks,
     RMS: tl.constexpr,
     THRESHOLD: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -114,8 +166,8 @@ def norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradients of x and the residual, and each program's sums for weight and bias."""
-    program = as_dtype(tl.program_id(0), tl.int64)
+    """``row_blocks`` blocks of whole rows, and the sums over them."""
+    program = as_dtype(program, tl.int64)
     column = tl.arange(0, BLOCK_N)
     mask_n = column < features
     weight_sum = tl.zeros((BLOCK_N,), ACC)
@@ -126,12 +178,7 @@ def norm_bwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         at = row[:, None] * features + column[None, :]
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
-        normed = tl.load(sum_ptr + at, mask=mask, other=0.0).to(ACC)
-        rstd = tl.load(rstd_ptr + row, mask=mask_m, other=0.0)
-        if not RMS:
-            mean = tl.load(mean_ptr + row, mask=mask_m, other=0.0)
-            normed = tl.where(mask, normed - mean[:, None], 0.0)
-        normed *= rstd[:, None]
+        normed, rstd = _load_normed(sum_ptr, mean_ptr, rstd_ptr, at, row, mask, mask_m, RMS, ACC)
         if dweight_ptr is not None:
             weight_sum += tl.sum(dy * normed, 0)
         if dbias_ptr is not None:
@@ -155,6 +202,64 @@ def norm_bwd_kernel(
         tl.store(dweight_ptr + program * features + column, weight_sum, mask=mask_n)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + program * features + column, bias_sum, mask=mask_n)
+
+
+@triton.jit
+def _bwd_columns(
+    dy_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    program,
+    rows,
+    features,
+    row_blocks,
+    RMS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of BLOCK_C columns over one part, ``row_blocks * BLOCK_M`` rows."""
+    ROWS: tl.constexpr = BLOCK_M * BLOCK_N // BLOCK_C // 4
+    columns = tl.cdiv(features, BLOCK_C)
+    part = as_dtype(program // columns, tl.int64)
+    column = program % columns * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_n = column < features
+    weight_sum = tl.zeros((BLOCK_C,), ACC)
+    bias_sum = tl.zeros((BLOCK_C,), ACC)
+    first = part * row_blocks * BLOCK_M
+    last = tl.minimum(first + row_blocks * BLOCK_M, rows)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask_m = row < last
+        mask = mask_m[:, None] & mask_n[None, :]
+        at = row[:, None] * features + column[None, :]
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
+        if dweight_ptr is not None:
+            normed, _ = _load_normed(sum_ptr, mean_ptr, rstd_ptr, at, row, mask, mask_m, RMS, ACC)
+            weight_sum += tl.sum(dy * normed, 0)
+        if dbias_ptr is not None:
+            bias_sum += tl.sum(dy, 0)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + part * features + column, weight_sum, mask=mask_n)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part * features + column, bias_sum, mask=mask_n)
+
+
+@triton.jit
+def _load_normed(
+    sum_ptr, mean_ptr, rstd_ptr, at, row, mask, mask_m, RMS: tl.constexpr, ACC: tl.constexpr
+):
+    """The normalised rows, 0 past the mask, and their reciprocal standard deviations."""
+    normed = tl.load(sum_ptr + at, mask=mask, other=0.0).to(ACC)
+    rstd = tl.load(rstd_ptr + row, mask=mask_m, other=0.0)
+    if not RMS:
+        mean = tl.load(mean_ptr + row, mask=mask_m, other=0.0)
+        normed = tl.where(mask, normed - mean[:, None], 0.0)
+    return normed * rstd[:, None], rstd
 
 
 def norm_config(features: int) -> Config:
@@ -243,12 +348,20 @@ def norm_backward(
     setting = norm_config(features)
     blocks = triton.cdiv(rows, setting["BLOCK_M"])
     # A few programs per multiprocessor keep the memory busy and leave few parts to add.
-    per_program = 1
+    per_part, column_programs = 1, 1
+    if setting["BLOCK_C"]:
+        column_programs = triton.cdiv(features, setting["BLOCK_C"])
     if need_weight or need_bias:
-        per_program = max(1, triton.cdiv(blocks, 4 * multiprocessors(sum)))
-    programs = triton.cdiv(blocks, per_program)
-    parts = [
-        None if vector is None else sum.new_empty((programs, features), dtype=opmath)
+        per_part = max(1, triton.cdiv(blocks * column_programs, 4 * multiprocessors(sum)))
+    parts = triton.cdiv(blocks, per_part)
+    row_programs = programs = parts
+    if setting["BLOCK_C"]:
+        row_programs = blocks if need_input or need_residual else 0
+        programs = row_programs
+        if need_weight or need_bias:
+            programs += parts * column_programs
+    partial = [
+        None if vector is None else sum.new_empty((parts, features), dtype=opmath)
         for vector in vectors
     ]
     launch(
@@ -263,17 +376,18 @@ def norm_backward(
         rstd,
         grad_input,
         grad_residual,
-        *parts,
+        *partial,
         seed if dropout_p else None,
         rows,
         features,
-        per_program,
+        row_programs,
+        per_part,
         RMS=rms,
         **dropout_constants(dropout_p),
         ACC=accumulator_dtype(sum),
     )
-    pairs = [(p, v) for p, v in zip(parts, vectors, strict=True) if v is not None]
-    if pairs and programs:
+    pairs = [(p, v) for p, v in zip(partial, vectors, strict=True) if v is not None]
+    if pairs and parts:
         second = pairs[1] if len(pairs) > 1 else (None, None)
         sum_splits(*pairs[0], *second)
     absent = sum.new_empty((0,))

@@ -513,7 +513,7 @@ def lstm_cell(
     """
     device_type = input.device.type
     state_dtype = c.dtype
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         state_dtype, dtype = _widest(c, input, h, *weights)
         input, h, c = input.to(dtype), h.to(dtype), c.to(dtype)
         weights, packed_weight = [weight.to(dtype) for weight in weights], None
@@ -541,7 +541,7 @@ def simple_cell(
     backends, run_layer = _SIMPLE[kind]
     device_type = input.device.type
     state_dtype = h.dtype
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         state_dtype, dtype = _widest(h, input, *weights)
         input, h = input.to(dtype), h.to(dtype)
         weights, packed_weight = [weight.to(dtype) for weight in weights], None
