@@ -152,10 +152,7 @@ def test_options_over_several_blocks(case, dtype, small_tiles):
         tuple(grad.double() for grad in grads),
     )
     for name, wanted in exact.items():
-        # The weights enter the products in the operands' dtype: an error of that size each.
-        slack = testing.FLOORS[dtype] * 2 * wanted[wanted.isfinite()].abs().max().item()
-        allowed = testing.allowed_error(testing.max_error(plain[name], wanted), wanted, dtype)
-        assert testing.max_error(ours[name], wanted) <= allowed + slack, name
+        testing.assert_within_policy(name, ours[name], plain[name], wanted)
 
 
 @pytest.mark.parametrize("page", [0, 8])

@@ -166,12 +166,7 @@ def check(layer):
         assert ours[name].shape == wanted.shape and ours[name].dtype == plain[name].dtype, name
         if wanted.numel() == 0:
             continue
-        # Gates' gradients and W_ih x pass through memory in the input's dtype, once per step.
-        slack = 4 * testing.FLOORS[layer.dtype] * wanted.abs().max().item()
-        allowed = testing.allowed_error(
-            testing.max_error(plain[name], wanted), wanted, layer.dtype
-        )
-        assert testing.max_error(ours[name], wanted) <= allowed + slack, name
+        testing.assert_within_policy(name, ours[name], plain[name], wanted)
 
 
 @dtypes

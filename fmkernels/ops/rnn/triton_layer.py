@@ -92,6 +92,8 @@ class Layer:
     def states_before(self, states: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
         """(D, T, B, width): what each step started from, given the states after each, and zeros
         where a sequence takes no part."""
+        if self.steps == 1 and active is None:
+            return first.unsqueeze(1)
         before = torch.empty_like(states, memory_format=torch.contiguous_format)
         before[0, 0] = first[0]
         before[0, 1:] = states[0, :-1]
@@ -127,8 +129,11 @@ class Layer:
         per_direction = len(self.names)
         out = []
         for index, weight in enumerate(self.weights):
-            gradient = gradients[self.names[index % per_direction]][index // per_direction]
-            out.append(gradient.to(weight.dtype, copy=True).contiguous())
+            name = self.names[index % per_direction]
+            gradient = gradients[name][index // per_direction]
+            # Both biases of an LSTM have the same gradient, both directions one tensor of them.
+            copy = self.directions > 1 or name == "b_hh"
+            out.append(gradient.to(weight.dtype, copy=copy).contiguous())
         return out
 
 
@@ -149,9 +154,10 @@ def final_state_gradient(
     layer: Layer, dh: Tensor, drecurrent: Tensor, factors: Tensor | None
 ) -> Tensor:
     """dh of the initial states: what stays of it, and what the first step sends through W_hh."""
-    firsts = torch.stack(
-        [drecurrent[d, 0 if d == 0 else layer.steps - 1] for d in range(layer.directions)]
-    )
+    if layer.directions == 1:
+        firsts = drecurrent[:, 0]
+    else:
+        firsts = torch.stack([drecurrent[0, 0], drecurrent[1, layer.steps - 1]])
     carried = torch.matmul(firsts, layer["w_hh"]).to(dh.dtype)
     return dh + (carried if factors is None else carried * factors)
 

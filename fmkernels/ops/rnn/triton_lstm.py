@@ -1,419 +1,471 @@
-"""The LSTM over a whole sequence in one launch, forward and backward, with every variant.
-
-A program owns BLOCK_B sequences of one direction and all their features, so no program waits for
-another: the recurrent weights are read once and stay on the multiprocessor, h and c stay in
-registers (FlashRNN, Poeppel et al. 2024, and haste keep to the same plan). The equations and their
-sources are in reference/lstm.py. The gradients of the weights are matrix products after the loop.
-"""
+"""Launchers of the LSTM's Triton kernels, with the signatures of reference/lstm.py."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import torch
+from torch import Tensor
 
-from fmkernels.ops._triton.primitives import dot
-from fmkernels.ops.rnn.triton_tiles import (
-    activate,
-    direction_of,
-    kept_part,
-    load_bias,
-    load_gate_weight,
-    load_keep,
-    load_lengths,
-    load_peepholes,
-    load_vector,
-    lstm_gates,
-    lstm_gates_backward,
-    mix,
-    new_part,
-    normalize,
-    normalize_backward,
-    normalize_gates,
-    rounded_gate,
-    rows_mask,
-    slope,
-    step_time,
-    tile_offsets,
+from fmkernels.ops._triton.launch import launch
+from fmkernels.ops._triton.support import unsupported
+from fmkernels.ops.rnn import triton_configs as configs
+from fmkernels.ops.rnn.schema import LSTMOptions
+from fmkernels.ops.rnn.triton_layer import (
+    Alternating,
+    Layer,
+    StepInputs,
+    as_bytes,
+    final_state_gradient,
+    summed,
 )
+from fmkernels.ops.rnn.triton_sequence_lstm import (
+    lstm_sequence_bwd_kernel,
+    lstm_sequence_fwd_kernel,
+)
+from fmkernels.ops.rnn.triton_step_lstm import lstm_step_bwd_kernel, lstm_step_fwd_kernel
 
 
-@triton.jit
-def _squash(cell, norm_c_ptr, bias_c_ptr, known, HIDDEN, eps, BLOCK_H, ACTIVATION: tl.constexpr):
-    """A of the (normalised) cell, and with layer norm N(c~) and its scale (else the cell, 1)."""
-    if norm_c_ptr is None:
-        return activate(cell, ACTIVATION), cell, 1.0
-    else:
-        normed, scale = normalize(cell, known, HIDDEN, eps)
-        scaled = normed * load_vector(norm_c_ptr, HIDDEN, BLOCK_H)[None, :]
-        scaled = scaled + load_vector(bias_c_ptr, HIDDEN, BLOCK_H)[None, :]
-        return activate(scaled, ACTIVATION), normed, scale
+def _lstm_layer(
+    input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], options: LSTMOptions, first: bool
+) -> Layer:
+    names = ["w_ih", "w_hh"]
+    if options.has_biases:
+        names += ["b_ih", "b_hh"]
+    if h0.size(2) != c0.size(2):
+        names.append("w_hr")
+    if options.peephole:
+        names.append("peephole")
+    if options.layer_norm:
+        names += ["norm_ih", "norm_hh", "norm_c"]
+        if options.has_biases:
+            names.append("bias_c")
+    return Layer("lstm", input, h0, c0.size(2), weights, tuple(names), first)
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def lstm_sequence_fwd_kernel(
-    pre_ptr,
-    w_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    w_hr_ptr,
-    peephole_ptr,
-    norm_ih_ptr,
-    norm_hh_ptr,
-    norm_c_ptr,
-    bias_c_ptr,
-    h0_ptr,
-    c0_ptr,
-    lengths_ptr,
-    mask_ptr,
-    zone_h_ptr,
-    zone_c_ptr,
-    out_ptr,
-    h_n_ptr,
-    c_n_ptr,
-    states_ptr,
-    gates_ptr,
-    cells_ptr,
-    normed_hh_ptr,
-    scales_ptr,
-    pre_strides,  # direction, step, sequence
-    out_strides,  # step, sequence
-    states_strides,
-    steps,
-    batch,
-    zoneout,
-    eps,
-    HIDDEN: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    RECURRENT_ACTIVATION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """pre: W_ih x, with layer norm N(W_ih x). Weights are stacked over the directions; the saved
-    tensors and all absent options may be None; shapes as in schema.py."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    known = (tl.arange(0, BLOCK_H) < HIDDEN)[None, :]
-    lanes = rows_mask(first, batch, PROJECTED, BLOCK_B, BLOCK_P)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * PROJECTED)
-    bias_ih_ptr = direction_of(bias_ih_ptr, direction, 4 * HIDDEN)
-    bias_hh_ptr = direction_of(bias_hh_ptr, direction, 4 * HIDDEN)
-    norm_ih_ptr = direction_of(norm_ih_ptr, direction, 4 * HIDDEN)
-    norm_hh_ptr = direction_of(norm_hh_ptr, direction, 4 * HIDDEN)
-    norm_c_ptr = direction_of(norm_c_ptr, direction, HIDDEN)
-    bias_c_ptr = direction_of(bias_c_ptr, direction, HIDDEN)
-    peephole_ptr = direction_of(peephole_ptr, direction, 3 * HIDDEN)
-    w_i = tl.trans(load_gate_weight(w_hh_ptr, 0, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P))
-    w_f = tl.trans(load_gate_weight(w_hh_ptr, 1, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P))
-    w_g = tl.trans(load_gate_weight(w_hh_ptr, 2, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P))
-    w_o = tl.trans(load_gate_weight(w_hh_ptr, 3, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P))
-    if w_hr_ptr is not None:
-        w_hr_ptr = direction_of(w_hr_ptr, direction, PROJECTED * HIDDEN)
-        w_hr = tl.trans(load_gate_weight(w_hr_ptr, 0, PROJECTED, HIDDEN, BLOCK_P, BLOCK_H))
-    b_i = load_bias(bias_ih_ptr, bias_hh_ptr, 0, 0, HIDDEN, BLOCK_H)
-    b_f = load_bias(bias_ih_ptr, bias_hh_ptr, 1, 0, HIDDEN, BLOCK_H)
-    b_g = load_bias(bias_ih_ptr, bias_hh_ptr, 2, 0, HIDDEN, BLOCK_H)
-    b_o = load_bias(bias_ih_ptr, bias_hh_ptr, 3, 0, HIDDEN, BLOCK_H)
-
-    peepholes = load_peepholes(peephole_ptr, 0, HIDDEN, BLOCK_H)
-
-    # Row of this tile's first sequence in a (D, B, features) tensor.
-    row = tl.cast(direction, tl.int64) * batch + first
-    h_offsets = row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-    c_offsets = row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    h = tl.load(h0_ptr + h_offsets, mask=lanes, other=0.0)
-    c = tl.load(c0_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
-    if mask_ptr is not None:
-        factors = tl.load(mask_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+def lstm_forward(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    lengths: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    has_biases: bool,
+    peephole: bool,
+    layer_norm: bool,
+    activation: str,
+    recurrent_activation: str,
+    zoneout: float,
+    norm_eps: float,
+    batch_first: bool,
+    return_cells: bool,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    options = LSTMOptions(
+        has_biases, peephole, layer_norm, activation, recurrent_activation, zoneout, norm_eps
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * PROJECTED + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_P)
-
-    for step in tl.range(0, steps):
-        t = tl.cast(step_time(step, steps, direction), tl.int64)
-        active = t < lengths
-        pre = pre_ptr + t * pre_strides[1] + pre_offsets
-        x_i = tl.load(pre, mask=units, other=0.0).to(tl.float32)
-        x_f = tl.load(pre + HIDDEN, mask=units, other=0.0).to(tl.float32)
-        x_g = tl.load(pre + 2 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        x_o = tl.load(pre + 3 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        state = h
-        if mask_ptr is not None:
-            state = (h.to(tl.float32) * factors).to(DTYPE)
-        zeros = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        a_i = dot(state, w_i, zeros, PRECISION)
-        a_f = dot(state, w_f, zeros, PRECISION)
-        a_g = dot(state, w_g, zeros, PRECISION)
-        a_o = dot(state, w_o, zeros, PRECISION)
-        # Where a step's results go in a (D, T, B, features) tensor.
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + first
-        gate_offsets = saved_row * (4 * HIDDEN) + tile_offsets(4 * HIDDEN, BLOCK_B, BLOCK_H)
-        if norm_hh_ptr is not None:
-            a_i, a_f, a_g, a_o, scale = normalize_gates(a_i, a_f, a_g, a_o, known, HIDDEN, eps)
-            if normed_hh_ptr is not None:
-                saved = normed_hh_ptr + gate_offsets
-                tl.store(saved, a_i.to(DTYPE), mask=units)
-                tl.store(saved + HIDDEN, a_f.to(DTYPE), mask=units)
-                tl.store(saved + 2 * HIDDEN, a_g.to(DTYPE), mask=units)
-                tl.store(saved + 3 * HIDDEN, a_o.to(DTYPE), mask=units)
-                rows = tl.arange(0, BLOCK_B)
-                scale_ptr = scales_ptr + (saved_row + rows) * 2 + 1
-                tl.store(scale_ptr, tl.sum(scale, 1), mask=first + rows < batch)
-            a_i = a_i * load_vector(norm_hh_ptr, HIDDEN, BLOCK_H)[None, :]
-            a_f = a_f * load_vector(norm_hh_ptr + HIDDEN, HIDDEN, BLOCK_H)[None, :]
-            a_g = a_g * load_vector(norm_hh_ptr + 2 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-            a_o = a_o * load_vector(norm_hh_ptr + 3 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-            x_i = x_i * load_vector(norm_ih_ptr, HIDDEN, BLOCK_H)[None, :]
-            x_f = x_f * load_vector(norm_ih_ptr + HIDDEN, HIDDEN, BLOCK_H)[None, :]
-            x_g = x_g * load_vector(norm_ih_ptr + 2 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-            x_o = x_o * load_vector(norm_ih_ptr + 3 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-        a_i += x_i + b_i
-        a_f += x_f + b_f
-        a_g += x_g + b_g
-        a_o += x_o + b_o
-        i, f, g, o, new_c = lstm_gates(
-            a_i, a_f, a_g, a_o, c, peepholes, ACTIVATION, RECURRENT_ACTIVATION
+    layer = _lstm_layer(input, h0, c0, weights, options, batch_first)
+    hidden, rows = layer.hidden, (layer.directions, layer.steps, layer.batch)
+    output = input.new_empty(*layer.leading(), layer.directions * layer.projected)
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    states = input.new_empty(*layer.leading(), layer.directions * hidden) if return_cells else None
+    gates = cells = normed_hh = scales = None
+    if save_for_backward:
+        gates = input.new_empty(*rows, 4 * hidden)
+        cells = input.new_empty(*rows, hidden, dtype=torch.float32)
+        if layer_norm:
+            normed_hh = input.new_empty(*rows, 4 * hidden)
+            scales = input.new_empty(*rows, 2, dtype=torch.float32)
+    masks = (lengths, recurrent_mask, as_bytes(zoneout_h), as_bytes(zoneout_c))
+    results = (output, h_n, c_n, states, gates, cells)
+    share = float(zoneout) if zoneout > 0.0 and zoneout_h is None else None
+    whole_rows = layer_norm or layer.projected != hidden
+    if whole_rows and not layer.fits_sequence_kernel():
+        raise unsupported("lstm", _too_wide(layer))
+    if layer.fits_sequence_kernel() and (layer.steps > 1 or whole_rows):
+        normed_ih = _lstm_sequence(
+            layer, h0, c0, masks, results, (normed_hh, scales), options, share
         )
-        squashed, _, _ = _squash(
-            new_c, norm_c_ptr, bias_c_ptr, known, HIDDEN, eps, BLOCK_H, ACTIVATION
+    else:
+        normed_ih = None
+        _lstm_steps(layer, h0, c0, masks, results, options, share)
+    saved = [gates, cells] if save_for_backward else []
+    if save_for_backward and layer_norm:
+        saved += [normed_ih, normed_hh, scales]
+    return output, h_n, c_n, input.new_empty(0) if states is None else states, saved
+
+
+def _too_wide(layer: Layer) -> str:
+    return (
+        "layer norm and projections need the recurrent weights on one multiprocessor, where "
+        f"{max(layer.hidden, layer.projected)} features of {layer.input.dtype} do not fit"
+    )
+
+
+def _strides_or_zeros(layer: Layer, tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else layer.time_order(tensor)
+
+
+def _lstm_sequence(
+    layer: Layer,
+    h0: Tensor,
+    c0: Tensor,
+    masks: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    norms: tuple[Tensor | None, Tensor | None],
+    options: LSTMOptions,
+    zoneout: float | None,
+) -> Tensor | None:
+    """One launch over all steps. Returns N(W_ih x), (D, T, B, 4H), if it is to be saved."""
+    products, strides = layer.project_input()
+    saved = None
+    if options.layer_norm:
+        products, scale = _normalize(products, options.norm_eps)
+        if norms[1] is not None:
+            norms[1][..., 0] = _in_time_order(layer, scale)[..., 0]
+            saved = _in_time_order(layer, products).contiguous()
+    output, _, _, states, _, _ = results
+    grid, config = layer.sequence_launch()
+    launch(
+        lstm_sequence_fwd_kernel,
+        grid,
+        config,
+        products,
+        layer["w_hh"],
+        layer["b_ih"],
+        layer["b_hh"],
+        layer["w_hr"],
+        layer["peephole"],
+        layer["norm_ih"],
+        layer["norm_hh"],
+        layer["norm_c"],
+        layer["bias_c"],
+        h0,
+        c0,
+        *masks,
+        *results,
+        *norms,
+        strides,
+        layer.time_order(output),
+        _strides_or_zeros(layer, states),
+        layer.steps,
+        layer.batch,
+        zoneout,
+        float(options.norm_eps),
+        HIDDEN=layer.hidden,
+        PROJECTED=layer.projected,
+        ACTIVATION=options.activation,
+        RECURRENT_ACTIVATION=options.recurrent_activation,
+        BLOCK_H=layer.block_h,
+        BLOCK_P=layer.block_p,
+        PRECISION=layer.precision,
+    )
+    return saved
+
+
+def _normalize(products: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """N(x) over the last dimension in the products' dtype, and its scale in float32."""
+    wide = products.float()
+    normed, _, scale = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+    return normed.to(products.dtype), scale
+
+
+def _in_time_order(layer: Layer, rows: Tensor) -> Tensor:
+    """(D, rows in the input's order, width) as (D, T, B, width)."""
+    return rows.unflatten(1, layer.leading()).transpose(1, 1 + layer.time_dim)
+
+
+def _lstm_steps(
+    layer: Layer,
+    h0: Tensor,
+    c0: Tensor,
+    masks: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    options: LSTMOptions,
+    zoneout: float | None,
+) -> None:
+    """One launch per step. A single step projects its input itself."""
+    output, h_n, c_n, states, gates, cells = results
+    inputs = StepInputs(layer)
+    hiddens = Alternating(layer, h0, h_n)
+    c, c_between = c0, None
+    if layer.steps > 1:
+        c_between = c0.new_empty(c0.shape, dtype=torch.float32)
+    grid, config = layer.step_launch(configs.STEP_FORWARD)
+    for step in range(layer.steps):
+        h, new_h = hiddens.next(step)
+        new_c = c_n if step == layer.steps - 1 else c_between
+        launch(
+            lstm_step_fwd_kernel,
+            grid,
+            config,
+            *inputs.operands,
+            layer["w_hh"],
+            layer["b_ih"],
+            layer["b_hh"],
+            layer["peephole"],
+            h,
+            c,
+            *masks,
+            output,
+            new_h,
+            new_c,
+            states,
+            gates,
+            cells,
+            *inputs.strides,
+            layer.time_order(output),
+            _strides_or_zeros(layer, states),
+            step,
+            layer.steps,
+            layer.batch,
+            zoneout,
+            FEATURES=layer.input.size(2),
+            HIDDEN=layer.hidden,
+            ACTIVATION=options.activation,
+            RECURRENT_ACTIVATION=options.recurrent_activation,
+            PRECISION=layer.precision,
         )
-        new_h = o * squashed
-        if w_hr_ptr is not None:
-            new_h = dot(new_h.to(DTYPE), w_hr, tl.zeros((BLOCK_B, BLOCK_P), tl.float32), PRECISION)
-        saved_h = saved_row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-        saved_c = saved_row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-        new_h = mix(load_keep(zone_h_ptr, saved_h, lanes, zoneout), h.to(tl.float32), new_h)
-        new_c = mix(load_keep(zone_c_ptr, saved_c, units, zoneout), c, new_c)
-        h = tl.where(active, new_h.to(DTYPE), h)
-        c = tl.where(active, new_c, c)
-        visible_h = tl.where(active, h, 0.0).to(DTYPE)
-        visible_c = tl.where(active, c, 0.0)
-        tl.store(out_ptr + t * out_strides[0] + out_offsets, visible_h, mask=lanes)
-        if states_ptr is not None:
-            states = states_ptr + t * states_strides[0] + direction * HIDDEN
-            states += tl.cast(first, tl.int64) * states_strides[1]
-            offsets = tile_offsets(states_strides[1], BLOCK_B, BLOCK_H)
-            tl.store(states + offsets, visible_c.to(DTYPE), mask=units)
-        if gates_ptr is not None:
-            gates = gates_ptr + gate_offsets
-            i = tl.where(active, i, 0.0)
-            f = tl.where(active, f, 0.0)
-            g = tl.where(active, g, 0.0)
-            o = tl.where(active, o, 0.0)
-            tl.store(gates, rounded_gate(i, RECURRENT_ACTIVATION, DTYPE), mask=units)
-            tl.store(gates + HIDDEN, rounded_gate(f, RECURRENT_ACTIVATION, DTYPE), mask=units)
-            tl.store(gates + 2 * HIDDEN, rounded_gate(g, ACTIVATION, DTYPE), mask=units)
-            tl.store(gates + 3 * HIDDEN, rounded_gate(o, RECURRENT_ACTIVATION, DTYPE), mask=units)
-            tl.store(cells_ptr + saved_c, visible_c, mask=units)
-    tl.store(h_n_ptr + h_offsets, h, mask=lanes)
-    tl.store(c_n_ptr + c_offsets, c.to(c_n_ptr.dtype.element_ty), mask=units)
+        c = new_c
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def lstm_sequence_bwd_kernel(
-    dout_ptr,
-    dh_n_ptr,
-    dc_n_ptr,
-    dstates_ptr,
-    w_hh_ptr,
-    w_hr_ptr,
-    peephole_ptr,
-    norm_hh_ptr,
-    norm_c_ptr,
-    bias_c_ptr,
-    c0_ptr,
-    lengths_ptr,
-    mask_ptr,
-    zone_h_ptr,
-    zone_c_ptr,
-    gates_ptr,
-    cells_ptr,
-    normed_hh_ptr,
-    scales_ptr,
-    dgates_ptr,
-    drecurrent_ptr,
-    dprojected_ptr,
-    dnormed_ptr,
-    dh0_ptr,
-    dc0_ptr,
-    dout_strides,  # step, sequence
-    dstates_strides,
-    steps,
-    batch,
-    zoneout,
-    eps,
-    HIDDEN: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    RECURRENT_ACTIVATION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """From the last step to the first. For the products after the loop it writes the gradients, in
-    the input's dtype and (D, T, B, features), of the gates' sums (dgates); with layer norm of
-    W_hh h (drecurrent) and of norm_c * N(c~) + bias_c (dnormed); with a projection of its result
-    (dprojected)."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    known = (tl.arange(0, BLOCK_H) < HIDDEN)[None, :]
-    lanes = rows_mask(first, batch, PROJECTED, BLOCK_B, BLOCK_P)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * PROJECTED)
-    norm_hh_ptr = direction_of(norm_hh_ptr, direction, 4 * HIDDEN)
-    norm_c_ptr = direction_of(norm_c_ptr, direction, HIDDEN)
-    bias_c_ptr = direction_of(bias_c_ptr, direction, HIDDEN)
-    peephole_ptr = direction_of(peephole_ptr, direction, 3 * HIDDEN)
-    w_i = load_gate_weight(w_hh_ptr, 0, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P)
-    w_f = load_gate_weight(w_hh_ptr, 1, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P)
-    w_g = load_gate_weight(w_hh_ptr, 2, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P)
-    w_o = load_gate_weight(w_hh_ptr, 3, HIDDEN, PROJECTED, BLOCK_H, BLOCK_P)
-    if w_hr_ptr is not None:
-        w_hr_ptr = direction_of(w_hr_ptr, direction, PROJECTED * HIDDEN)
-        w_hr = load_gate_weight(w_hr_ptr, 0, PROJECTED, HIDDEN, BLOCK_P, BLOCK_H)
-
-    peepholes = load_peepholes(peephole_ptr, 0, HIDDEN, BLOCK_H)
-
-    row = tl.cast(direction, tl.int64) * batch + first
-    h_offsets = row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-    c_offsets = row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    dh = tl.load(dh_n_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
-    dc = tl.load(dc_n_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
-    c0 = tl.load(c0_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
-    if mask_ptr is not None:
-        factors = tl.load(mask_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
-    dout_ptr += direction * PROJECTED + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_P)
-
-    for reversed_step in tl.range(0, steps):
-        step = steps - 1 - reversed_step
-        t = tl.cast(step_time(step, steps, direction), tl.int64)
-        active = t < lengths
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + first
-        gate_offsets = saved_row * (4 * HIDDEN) + tile_offsets(4 * HIDDEN, BLOCK_B, BLOCK_H)
-        saved_h = saved_row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-        saved_c = saved_row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-        gates = gates_ptr + gate_offsets
-        i = tl.load(gates, mask=units, other=0.0).to(tl.float32)
-        f = tl.load(gates + HIDDEN, mask=units, other=0.0).to(tl.float32)
-        g = tl.load(gates + 2 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        o = tl.load(gates + 3 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        # The state before: the step before's, c0 at a sequence's own first step.
-        back = tl.where(direction == 0, -batch, batch)
-        starts = step == 0
-        if lengths_ptr is not None:
-            starts = starts | ((direction == 1) & (t == lengths - 1))
-        before = tl.load(
-            cells_ptr + saved_c + tl.cast(back, tl.int64) * HIDDEN,
-            mask=units & (step > 0),
-            other=0.0,
+def lstm_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    grad_c_n: Tensor,
+    grad_cells: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    output: Tensor,
+    saved: list[Tensor],
+    lengths: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    has_biases: bool,
+    peephole: bool,
+    layer_norm: bool,
+    activation: str,
+    recurrent_activation: str,
+    zoneout: float,
+    norm_eps: float,
+    batch_first: bool,
+    need_input: bool,
+    need_hx: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    options = LSTMOptions(
+        has_biases, peephole, layer_norm, activation, recurrent_activation, zoneout, norm_eps
+    )
+    layer = _lstm_layer(input, h0, c0, weights, options, batch_first)
+    masks = (lengths, recurrent_mask, as_bytes(zoneout_h), as_bytes(zoneout_c))
+    share = float(zoneout) if zoneout > 0.0 and zoneout_h is None else None
+    incoming = (grad_output, grad_h_n, grad_c_n, grad_cells)
+    whole_rows = layer_norm or layer.projected != layer.hidden
+    if layer.fits_sequence_kernel() and (layer.steps > 1 or whole_rows):
+        run = _lstm_sequence_backward
+    else:
+        run = _lstm_steps_backward
+    rows, dh0, dc0 = run(layer, incoming, c0, saved, masks, options, share, h0, need_hx)
+    absent = input.new_empty
+    dprojected = rows["gates"]
+    if layer_norm and (need_input or need_weights):
+        dprojected = _normalize_backward(
+            rows["gates"].float() * layer["norm_ih"].float()[:, None, None],
+            saved[2].float(),
+            saved[4][..., :1],
+        ).to(input.dtype)
+    return (
+        layer.input_gradient(dprojected) if need_input else absent(0),
+        dh0 if need_hx else absent(0),
+        dc0 if need_hx else c0.new_empty(0),
+        _lstm_weight_gradients(
+            layer, options, rows, dprojected, h0, c0, output, saved, masks, share
         )
-        before = tl.where(starts, c0, before)
-        keep_h = load_keep(zone_h_ptr, saved_h, lanes, zoneout)
-        keep_c = load_keep(zone_c_ptr, saved_c, units, zoneout)
-        if keep_c is None:
-            cell = tl.load(cells_ptr + saved_c, mask=units, other=0.0)
-        else:
-            cell = f * before + i * g  # what was saved is mixed
+        if need_weights
+        else [absent(0) for _ in weights],
+    )
 
-        dout = tl.load(dout_ptr + t * dout_strides[0] + dout_offsets, mask=lanes, other=0.0)
-        total_h = dh + dout.to(tl.float32)
-        total_c = dc
-        if dstates_ptr is not None:
-            dstates = dstates_ptr + t * dstates_strides[0] + direction * HIDDEN
-            dstates += tl.cast(first, tl.int64) * dstates_strides[1]
-            offsets = tile_offsets(dstates_strides[1], BLOCK_B, BLOCK_H)
-            total_c = dc + tl.load(dstates + offsets, mask=units, other=0.0).to(tl.float32)
-        dgated = new_part(keep_h, total_h)
-        if w_hr_ptr is not None:
-            dprojected = tl.where(active, dgated, 0.0).to(DTYPE)
-            tl.store(dprojected_ptr + saved_h, dprojected, mask=lanes)
-            zeros = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-            dgated = dot(dprojected, w_hr, zeros, PRECISION)
-        squashed, normed, scale = _squash(
-            cell, norm_c_ptr, bias_c_ptr, known, HIDDEN, eps, BLOCK_H, ACTIVATION
+
+def _normalize_backward(grad: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    mean = grad.mean(dim=-1, keepdim=True)
+    along = (grad * normed).mean(dim=-1, keepdim=True)
+    return (grad - mean - normed * along) * scale
+
+
+def _lstm_sequence_backward(
+    layer: Layer,
+    incoming: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    c0: Tensor,
+    saved: list[Tensor],
+    masks: tuple[Tensor | None, ...],
+    options: LSTMOptions,
+    zoneout: float | None,
+    h0: Tensor,
+    need_hx: bool,
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    grad_output, grad_h_n, grad_c_n, grad_cells = incoming
+    gates, cells, _, normed_hh, scales = (
+        saved if options.layer_norm else (*saved, None, None, None)
+    )
+    rows = {"gates": torch.empty_like(gates)}
+    if options.layer_norm:
+        rows["recurrent"] = torch.empty_like(gates)
+        rows["normed"] = gates.new_empty(cells.shape)
+    if layer["w_hr"] is not None:
+        rows["projected"] = gates.new_empty(*gates.shape[:3], layer.projected)
+    dh0, dc0 = (torch.empty_like(h0), torch.empty_like(c0)) if need_hx else (None, None)
+    grid, config = layer.sequence_launch()
+    launch(
+        lstm_sequence_bwd_kernel,
+        grid,
+        config,
+        grad_output,
+        grad_h_n,
+        grad_c_n,
+        grad_cells,
+        layer["w_hh"],
+        layer["w_hr"],
+        layer["peephole"],
+        layer["norm_hh"],
+        layer["norm_c"],
+        layer["bias_c"],
+        c0,
+        *masks,
+        gates,
+        cells,
+        normed_hh,
+        scales,
+        rows["gates"],
+        rows.get("recurrent"),
+        rows.get("projected"),
+        rows.get("normed"),
+        dh0,
+        dc0,
+        layer.time_order(grad_output),
+        _strides_or_zeros(layer, grad_cells),
+        layer.steps,
+        layer.batch,
+        zoneout,
+        float(options.norm_eps),
+        HIDDEN=layer.hidden,
+        PROJECTED=layer.projected,
+        ACTIVATION=options.activation,
+        RECURRENT_ACTIVATION=options.recurrent_activation,
+        BLOCK_H=layer.block_h,
+        BLOCK_P=layer.block_p,
+        PRECISION=layer.precision,
+    )
+    return rows, dh0, dc0
+
+
+def _lstm_steps_backward(
+    layer: Layer,
+    incoming: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    c0: Tensor,
+    saved: list[Tensor],
+    masks: tuple[Tensor | None, ...],
+    options: LSTMOptions,
+    zoneout: float | None,
+    h0: Tensor,
+    need_hx: bool,
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    grad_output, grad_h_n, grad_c_n, grad_cells = incoming
+    gates, cells = saved
+    dgates = torch.empty_like(gates)
+    dh, dc = (grad.to(torch.float32, copy=True) for grad in (grad_h_n, grad_c_n))
+    grid, config = layer.step_launch(configs.STEP_BACKWARD)
+    for step in reversed(range(layer.steps)):
+        launch(
+            lstm_step_bwd_kernel,
+            grid,
+            config,
+            grad_output,
+            grad_cells,
+            dh,
+            dc,
+            layer["w_hh"],
+            layer["peephole"],
+            c0,
+            *masks,
+            gates,
+            cells,
+            dgates,
+            layer.time_order(grad_output),
+            _strides_or_zeros(layer, grad_cells),
+            step,
+            layer.steps,
+            layer.batch,
+            zoneout,
+            HIDDEN=layer.hidden,
+            ACTIVATION=options.activation,
+            RECURRENT_ACTIVATION=options.recurrent_activation,
+            PRECISION=layer.precision,
         )
-        through = dgated * o * slope(squashed, ACTIVATION)
-        if norm_c_ptr is not None:
-            dnormed = tl.where(active & known, through, 0.0)
-            tl.store(dnormed_ptr + saved_c, dnormed.to(DTYPE), mask=units)
-            weight = load_vector(norm_c_ptr, HIDDEN, BLOCK_H)[None, :]
-            through = normalize_backward(through * weight, normed, scale, known, HIDDEN)
-        through += new_part(keep_c, total_c)
-        di, df, dg, do, carried_c = lstm_gates_backward(
-            i, f, g, o, before, dgated * squashed, through, peepholes, ACTIVATION,
-            RECURRENT_ACTIVATION,
-        )  # fmt: skip
-        carried_c += kept_part(keep_c, total_c)
-        # Past a sequence's end nothing is passed on: neither to the weights nor into the state.
-        use = active & known
-        di = tl.where(use, di, 0.0)
-        df = tl.where(use, df, 0.0)
-        dg = tl.where(use, dg, 0.0)
-        do = tl.where(use, do, 0.0)
-        dgates = dgates_ptr + gate_offsets
-        tl.store(dgates, di.to(DTYPE), mask=units)
-        tl.store(dgates + HIDDEN, df.to(DTYPE), mask=units)
-        tl.store(dgates + 2 * HIDDEN, dg.to(DTYPE), mask=units)
-        tl.store(dgates + 3 * HIDDEN, do.to(DTYPE), mask=units)
-        if norm_hh_ptr is not None:
-            di, df, dg, do = _norm_hh_backward(
-                di, df, dg, do, norm_hh_ptr, normed_hh_ptr + gate_offsets, scales_ptr, saved_row,
-                first, batch, units, use, HIDDEN, BLOCK_H, BLOCK_B,
-            )  # fmt: skip
-            drecurrent = drecurrent_ptr + gate_offsets
-            tl.store(drecurrent, di.to(DTYPE), mask=units)
-            tl.store(drecurrent + HIDDEN, df.to(DTYPE), mask=units)
-            tl.store(drecurrent + 2 * HIDDEN, dg.to(DTYPE), mask=units)
-            tl.store(drecurrent + 3 * HIDDEN, do.to(DTYPE), mask=units)
-        carried = dot(di.to(DTYPE), w_i, tl.zeros((BLOCK_B, BLOCK_P), tl.float32), PRECISION)
-        carried += dot(df.to(DTYPE), w_f, tl.zeros((BLOCK_B, BLOCK_P), tl.float32), PRECISION)
-        carried += dot(dg.to(DTYPE), w_g, tl.zeros((BLOCK_B, BLOCK_P), tl.float32), PRECISION)
-        carried += dot(do.to(DTYPE), w_o, tl.zeros((BLOCK_B, BLOCK_P), tl.float32), PRECISION)
-        if mask_ptr is not None:
-            carried = carried * factors
-        dh = tl.where(active, carried + kept_part(keep_h, total_h), dh)
-        dc = tl.where(active, carried_c, dc)
-    if dh0_ptr is not None:
-        tl.store(dh0_ptr + h_offsets, dh.to(dh0_ptr.dtype.element_ty), mask=lanes)
-        tl.store(dc0_ptr + c_offsets, dc.to(dc0_ptr.dtype.element_ty), mask=units)
+    if not need_hx:
+        return {"gates": dgates}, None, None
+    dh = final_state_gradient(layer, dh, dgates, masks[1])
+    return {"gates": dgates}, dh.to(h0.dtype), dc.to(c0.dtype)
 
 
-@triton.jit
-def _norm_hh_backward(
-    di, df, dg, do, norm_ptr, normed, scales_ptr, saved_row, first, batch, units, use,
-    HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of norm_hh * N(W_hh h) to those of W_hh h, gate by gate."""
-    di = di * load_vector(norm_ptr, HIDDEN, BLOCK_H)[None, :]
-    df = df * load_vector(norm_ptr + HIDDEN, HIDDEN, BLOCK_H)[None, :]
-    dg = dg * load_vector(norm_ptr + 2 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-    do = do * load_vector(norm_ptr + 3 * HIDDEN, HIDDEN, BLOCK_H)[None, :]
-    n_i = tl.load(normed, mask=units, other=0.0).to(tl.float32)
-    n_f = tl.load(normed + HIDDEN, mask=units, other=0.0).to(tl.float32)
-    n_g = tl.load(normed + 2 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-    n_o = tl.load(normed + 3 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-    rows = tl.arange(0, BLOCK_B)
-    scale = tl.load(scales_ptr + (saved_row + rows) * 2 + 1, mask=first + rows < batch, other=0.0)
-    mean = tl.sum(di + df + dg + do, 1, keep_dims=True) / (4 * HIDDEN)
-    along = tl.sum(di * n_i + df * n_f + dg * n_g + do * n_o, 1, keep_dims=True) / (4 * HIDDEN)
-    di = tl.where(use, (di - mean - n_i * along) * scale[:, None], 0.0)
-    df = tl.where(use, (df - mean - n_f * along) * scale[:, None], 0.0)
-    dg = tl.where(use, (dg - mean - n_g * along) * scale[:, None], 0.0)
-    do = tl.where(use, (do - mean - n_o * along) * scale[:, None], 0.0)
-    return di, df, dg, do
+def _lstm_weight_gradients(
+    layer: Layer,
+    options: LSTMOptions,
+    rows: dict[str, Tensor],
+    dprojected: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    output: Tensor,
+    saved: list[Tensor],
+    masks: tuple[Tensor | None, ...],
+    zoneout: float | None,
+) -> list[Tensor]:
+    lengths, recurrent_mask, _, zoneout_c = masks
+    active, gates = layer.active(lengths), rows["gates"]
+    before_h = layer.states_before(layer.rows(output, layer.projected), h0, active)
+    if recurrent_mask is not None:
+        before_h = before_h * recurrent_mask.unsqueeze(1)
+    drecurrent = rows.get("recurrent", gates)
+    gradients = {
+        "w_ih": layer.weight_gradient(dprojected, layer.input_rows(active)),
+        "w_hh": layer.weight_gradient(drecurrent, before_h),
+    }
+    if options.has_biases:
+        gradients["b_ih"] = gradients["b_hh"] = summed(gates)
+    if not (options.peephole or options.layer_norm or layer["w_hr"] is not None):
+        return layer.as_weights(gradients)
+
+    # The variants' weights need the cells before and after each step, unmixed by zoneout.
+    i, f, g, o = saved[0].float().chunk(4, dim=-1)
+    before_c = layer.states_before(saved[1], c0.float(), active)
+    cells = saved[1] if zoneout is None and zoneout_c is None else f * before_c + i * g
+    if options.peephole:
+        di, df, _, do = gates.float().chunk(4, dim=-1)
+        parts = [summed(di * before_c), summed(df * before_c), summed(do * cells)]
+        gradients["peephole"] = torch.stack(parts, dim=1)
+    squashed = cells
+    if options.layer_norm:
+        normed_c, _ = _normalize(cells, options.norm_eps)
+        squashed = normed_c * layer["norm_c"].float()[:, None, None]
+        gradients["norm_ih"] = summed(gates.float() * saved[2].float())
+        gradients["norm_hh"] = summed(gates.float() * saved[3].float())
+        gradients["norm_c"] = summed(rows["normed"].float() * normed_c)
+        if options.has_biases:
+            squashed = squashed + layer["bias_c"].float()[:, None, None]
+            gradients["bias_c"] = summed(rows["normed"])
+    if layer["w_hr"] is not None:
+        gated = (o * _ACTIVATIONS[options.activation](squashed)).to(gates.dtype)
+        gradients["w_hr"] = layer.weight_gradient(rows["projected"], gated)
+    return layer.as_weights(gradients)
+
+
+_ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "identity": torch.Tensor.contiguous,
+}

@@ -1,283 +1,289 @@
-"""The GRU and the plain recurrent layer over a whole sequence in one launch each way.
-
-The plan is that of triton_lstm.py; the equations are in reference/gru.py and reference/rnn.py.
-"""
+"""Launchers of the kernels of the GRU and of the plain layer, with the reference's signatures."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from typing import Any
 
-from fmkernels.ops._triton.primitives import dot, sigmoid, tanh
-from fmkernels.ops.rnn.triton_tiles import (
-    activate,
-    direction_of,
-    load_bias,
-    load_gate_weight,
-    load_lengths,
-    rows_mask,
-    slope,
-    step_time,
-    tile_offsets,
+import torch
+from torch import Tensor
+
+from fmkernels.ops._triton.launch import launch
+from fmkernels.ops.rnn import triton_configs as configs
+from fmkernels.ops.rnn.triton_layer import (
+    Alternating,
+    Layer,
+    StepInputs,
+    final_state_gradient,
+    summed,
+)
+from fmkernels.ops.rnn.triton_sequence_simple import (
+    gru_sequence_bwd_kernel,
+    gru_sequence_fwd_kernel,
+    rnn_sequence_bwd_kernel,
+    rnn_sequence_fwd_kernel,
+)
+from fmkernels.ops.rnn.triton_step_simple import (
+    gru_step_bwd_kernel,
+    gru_step_fwd_kernel,
+    rnn_step_bwd_kernel,
+    rnn_step_fwd_kernel,
 )
 
+_BIASED = ("w_ih", "w_hh", "b_ih", "b_hh")
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def gru_sequence_fwd_kernel(
-    pre_ptr,
-    w_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    h0_ptr,
-    lengths_ptr,
-    out_ptr,
-    h_n_ptr,
-    gates_ptr,
-    pre_strides,  # direction, step, sequence
-    out_strides,  # step, sequence
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """pre: W_ih x. gates, if saved: r, z, n and W_hn h + b_hn, (D, T, B, 4H)."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
-    bias_ih_ptr = direction_of(bias_ih_ptr, direction, 3 * HIDDEN)
-    bias_hh_ptr = direction_of(bias_hh_ptr, direction, 3 * HIDDEN)
-    w_r = tl.trans(load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H))
-    w_z = tl.trans(load_gate_weight(w_hh_ptr, 1, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H))
-    w_n = tl.trans(load_gate_weight(w_hh_ptr, 2, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H))
-    b_r = load_bias(bias_ih_ptr, bias_hh_ptr, 0, 0, HIDDEN, BLOCK_H)
-    b_z = load_bias(bias_ih_ptr, bias_hh_ptr, 1, 0, HIDDEN, BLOCK_H)
-    b_in = load_bias(bias_ih_ptr, None, 2, 0, HIDDEN, BLOCK_H)
-    b_hn = load_bias(bias_hh_ptr, None, 2, 0, HIDDEN, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    h = tl.load(h0_ptr + offsets, mask=units, other=0.0)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+
+def gru_forward(
+    input: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    lengths: Tensor | None,
+    has_biases: bool,
+    batch_first: bool,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layer = _simple_layer("gru", input, h0, weights, has_biases, batch_first)
+    gates = None
+    if save_for_backward:
+        gates = input.new_empty(layer.directions, layer.steps, layer.batch, 4 * layer.hidden)
+    output, h_n = _simple_forward(
+        layer, h0, lengths, (gru_sequence_fwd_kernel, gru_step_fwd_kernel), (gates,), {}
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
-    for step in tl.range(0, steps):
-        t = tl.cast(step_time(step, steps, direction), tl.int64)
-        active = t < lengths
-        pre = pre_ptr + t * pre_strides[1] + pre_offsets
-        x_r = tl.load(pre, mask=units, other=0.0).to(tl.float32)
-        x_z = tl.load(pre + HIDDEN, mask=units, other=0.0).to(tl.float32)
-        x_n = tl.load(pre + 2 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        zeros = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        r = sigmoid(dot(h, w_r, zeros, PRECISION) + (x_r + b_r))
-        z = sigmoid(dot(h, w_z, zeros, PRECISION) + (x_z + b_z))
-        h_n = dot(h, w_n, zeros, PRECISION) + b_hn
-        n = tanh(x_n + b_in + r * h_n)
-        new_h = n + z * (h.to(tl.float32) - n)
-        h = tl.where(active, new_h.to(DTYPE), h)
-        visible = tl.where(active, h, 0.0).to(DTYPE)
-        tl.store(out_ptr + t * out_strides[0] + out_offsets, visible, mask=units)
-        if gates_ptr is not None:
-            saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + first
-            gates = gates_ptr + saved_row * (4 * HIDDEN)
-            gates += tile_offsets(4 * HIDDEN, BLOCK_B, BLOCK_H)
-            tl.store(gates, tl.where(active, r, 0.0).to(DTYPE), mask=units)
-            tl.store(gates + HIDDEN, tl.where(active, z, 0.0).to(DTYPE), mask=units)
-            tl.store(gates + 2 * HIDDEN, tl.where(active, n, 0.0).to(DTYPE), mask=units)
-            tl.store(gates + 3 * HIDDEN, tl.where(active, h_n, 0.0).to(DTYPE), mask=units)
-    tl.store(h_n_ptr + offsets, h, mask=units)
+    return output, h_n, input.new_empty(0) if gates is None else gates
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def gru_sequence_bwd_kernel(
-    dout_ptr,
-    dh_n_ptr,
-    w_hh_ptr,
-    h0_ptr,
-    lengths_ptr,
-    out_ptr,
-    gates_ptr,
-    dprojected_ptr,
-    drecurrent_ptr,
-    dh0_ptr,
-    dout_strides,  # step, sequence
-    out_strides,
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Writes the gradients of W_ih x and of W_hh h + b_hh, (D, T, B, 3H) in the input's dtype."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
-    w_r = load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    w_z = load_gate_weight(w_hh_ptr, 1, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    w_n = load_gate_weight(w_hh_ptr, 2, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    dh = tl.load(dh_n_ptr + offsets, mask=units, other=0.0).to(tl.float32)
-    h0 = tl.load(h0_ptr + offsets, mask=units, other=0.0).to(tl.float32)
-    dout_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
-    back = tl.where(direction == 0, -1, 1)
-    for reversed_step in tl.range(0, steps):
-        step = steps - 1 - reversed_step
-        t = tl.cast(step_time(step, steps, direction), tl.int64)
-        active = t < lengths
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + first
-        gates = gates_ptr + saved_row * (4 * HIDDEN)
-        gates += tile_offsets(4 * HIDDEN, BLOCK_B, BLOCK_H)
-        r = tl.load(gates, mask=units, other=0.0).to(tl.float32)
-        z = tl.load(gates + HIDDEN, mask=units, other=0.0).to(tl.float32)
-        n = tl.load(gates + 2 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        h_n = tl.load(gates + 3 * HIDDEN, mask=units, other=0.0).to(tl.float32)
-        # The state before: the step before's, h0 at a sequence's own first step.
-        starts = step == 0
-        if lengths_ptr is not None:
-            starts = starts | ((direction == 1) & (t == lengths - 1))
-        before = out_ptr + (t + back) * out_strides[0] + out_offsets
-        before = tl.load(before, mask=units & (step > 0), other=0.0).to(tl.float32)
-        before = tl.where(starts, h0, before)
-        dout = tl.load(dout_ptr + t * dout_strides[0] + dout_offsets, mask=units, other=0.0)
-        total = dh + dout.to(tl.float32)
-        dn = total * (1.0 - z) * (1.0 - n * n)
-        dz = total * (before - n) * z * (1.0 - z)
-        dr = dn * h_n * r * (1.0 - r)
-        dr = tl.where(active, dr, 0.0).to(DTYPE)
-        dz = tl.where(active, dz, 0.0).to(DTYPE)
-        dh_n = tl.where(active, dn * r, 0.0).to(DTYPE)
-        dn = tl.where(active, dn, 0.0).to(DTYPE)
-        rows = saved_row * (3 * HIDDEN) + tile_offsets(3 * HIDDEN, BLOCK_B, BLOCK_H)
-        tl.store(dprojected_ptr + rows, dr, mask=units)
-        tl.store(dprojected_ptr + rows + HIDDEN, dz, mask=units)
-        tl.store(dprojected_ptr + rows + 2 * HIDDEN, dn, mask=units)
-        tl.store(drecurrent_ptr + rows, dr, mask=units)
-        tl.store(drecurrent_ptr + rows + HIDDEN, dz, mask=units)
-        tl.store(drecurrent_ptr + rows + 2 * HIDDEN, dh_n, mask=units)
-        zeros = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        carried = total * z + dot(dr, w_r, zeros, PRECISION)
-        carried += dot(dz, w_z, zeros, PRECISION)
-        carried += dot(dh_n, w_n, zeros, PRECISION)
-        dh = tl.where(active, carried, dh)
-    if dh0_ptr is not None:
-        tl.store(dh0_ptr + offsets, dh.to(DTYPE), mask=units)
+def rnn_forward(
+    input: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    has_biases: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    layer = _simple_layer("rnn", input, h0, weights, has_biases, batch_first)
+    kernels = (rnn_sequence_fwd_kernel, rnn_step_fwd_kernel)
+    return _simple_forward(layer, h0, lengths, kernels, (), {"ACTIVATION": nonlinearity})
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def rnn_sequence_fwd_kernel(
-    pre_ptr,
-    w_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    h0_ptr,
-    lengths_ptr,
-    out_ptr,
-    h_n_ptr,
-    pre_strides,  # direction, step, sequence
-    out_strides,  # step, sequence
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """pre: W_ih x."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
-    bias_ih_ptr = direction_of(bias_ih_ptr, direction, HIDDEN)
-    bias_hh_ptr = direction_of(bias_hh_ptr, direction, HIDDEN)
-    w = tl.trans(load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H))
-    bias = load_bias(bias_ih_ptr, bias_hh_ptr, 0, 0, HIDDEN, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    h = tl.load(h0_ptr + offsets, mask=units, other=0.0)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+def _simple_layer(
+    kind: str,
+    input: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    has_biases: bool,
+    batch_first: bool,
+) -> Layer:
+    names = _BIASED if has_biases else _BIASED[:2]
+    return Layer(kind, input, h0, h0.size(2), weights, names, batch_first)
+
+
+def _simple_forward(
+    layer: Layer,
+    h0: Tensor,
+    lengths: Tensor | None,
+    kernels: tuple[Any, Any],
+    saved: tuple[Tensor | None, ...],
+    constants: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    output = layer.input.new_empty(*layer.leading(), layer.directions * layer.hidden)
+    h_n = torch.empty_like(h0)
+    constants = {**constants, "HIDDEN": layer.hidden, "PRECISION": layer.precision}
+    weights = (layer["w_hh"], layer["b_ih"], layer["b_hh"])
+    if layer.steps > 1 and layer.fits_sequence_kernel():
+        products, strides = layer.project_input()
+        grid, config = layer.sequence_launch()
+        launch(
+            kernels[0],
+            grid,
+            config,
+            products,
+            *weights,
+            h0,
+            lengths,
+            output,
+            h_n,
+            *saved,
+            strides,
+            layer.time_order(output),
+            layer.steps,
+            layer.batch,
+            BLOCK_H=layer.block_h,
+            **constants,
+        )
+        return output, h_n
+    inputs = StepInputs(layer)
+    hiddens = Alternating(layer, h0, h_n)
+    grid, config = layer.step_launch(configs.STEP_FORWARD)
+    for step in range(layer.steps):
+        h, new_h = hiddens.next(step)
+        launch(
+            kernels[1],
+            grid,
+            config,
+            *inputs.operands,
+            *weights,
+            h,
+            lengths,
+            output,
+            new_h,
+            *saved,
+            *inputs.strides,
+            layer.time_order(output),
+            step,
+            layer.steps,
+            layer.batch,
+            FEATURES=layer.input.size(2),
+            **constants,
+        )
+    return output, h_n
+
+
+def gru_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    input: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    output: Tensor,
+    gates: Tensor,
+    lengths: Tensor | None,
+    has_biases: bool,
+    batch_first: bool,
+    need_input: bool,
+    need_hx: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    layer = _simple_layer("gru", input, h0, weights, has_biases, batch_first)
+    shape = (*gates.shape[:3], 3 * layer.hidden)
+    dprojected, drecurrent = gates.new_empty(shape), gates.new_empty(shape)
+    dh0 = _simple_backward(
+        layer,
+        (gru_sequence_bwd_kernel, gru_step_bwd_kernel),
+        (grad_output, grad_h_n),
+        (layer["w_hh"], h0, lengths, output, gates, dprojected, drecurrent),
+        output,
+        drecurrent,
+        need_hx,
+        {},
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
-    for step in tl.range(0, steps):
-        t = tl.cast(step_time(step, steps, direction), tl.int64)
-        active = t < lengths
-        x = tl.load(pre_ptr + t * pre_strides[1] + pre_offsets, mask=units, other=0.0)
-        sums = dot(h, w, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), PRECISION)
-        new_h = activate(sums + (x.to(tl.float32) + bias), ACTIVATION).to(DTYPE)
-        h = tl.where(active, new_h, h)
-        visible = tl.where(active, h, 0.0).to(DTYPE)
-        tl.store(out_ptr + t * out_strides[0] + out_offsets, visible, mask=units)
-    tl.store(h_n_ptr + offsets, h, mask=units)
+    return _simple_gradients(
+        layer, dprojected, drecurrent, dh0, h0, output, lengths, need_input, need_hx, need_weights
+    )
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
-def rnn_sequence_bwd_kernel(
-    dout_ptr,
-    dh_n_ptr,
-    w_hh_ptr,
-    lengths_ptr,
-    out_ptr,
-    dsums_ptr,
-    dh0_ptr,
-    dout_strides,  # step, sequence
-    out_strides,
-    steps,
-    batch,
-    HIDDEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Writes the gradient of the sums before the activation, (D, T, B, H) in the input's dtype."""
-    blocks = tl.cdiv(batch, BLOCK_B)
-    direction = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_B
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    units = rows_mask(first, batch, HIDDEN, BLOCK_B, BLOCK_H)
-    lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
-    w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
-    w = load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-    dh = tl.load(dh_n_ptr + offsets, mask=units, other=0.0).to(tl.float32)
-    dout_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
-    for reversed_step in tl.range(0, steps):
-        t = tl.cast(step_time(steps - 1 - reversed_step, steps, direction), tl.int64)
-        active = t < lengths
-        out = tl.load(out_ptr + t * out_strides[0] + out_offsets, mask=units, other=0.0)
-        dout = tl.load(dout_ptr + t * dout_strides[0] + dout_offsets, mask=units, other=0.0)
-        dsums = (dh + dout.to(tl.float32)) * slope(out.to(tl.float32), ACTIVATION)
-        dsums = tl.where(active, dsums, 0.0).to(DTYPE)
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + first
-        rows = saved_row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
-        tl.store(dsums_ptr + rows, dsums, mask=units)
-        carried = dot(dsums, w, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), PRECISION)
-        dh = tl.where(active, carried, dh)
-    if dh0_ptr is not None:
-        tl.store(dh0_ptr + offsets, dh.to(DTYPE), mask=units)
+def rnn_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    input: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    output: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    has_biases: bool,
+    batch_first: bool,
+    need_input: bool,
+    need_hx: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    layer = _simple_layer("rnn", input, h0, weights, has_biases, batch_first)
+    dsums = input.new_empty(layer.directions, layer.steps, layer.batch, layer.hidden)
+    dh0 = _simple_backward(
+        layer,
+        (rnn_sequence_bwd_kernel, rnn_step_bwd_kernel),
+        (grad_output, grad_h_n),
+        (layer["w_hh"], lengths, output, dsums),
+        output,
+        dsums,
+        need_hx,
+        {"ACTIVATION": nonlinearity},
+    )
+    return _simple_gradients(
+        layer, dsums, dsums, dh0, h0, output, lengths, need_input, need_hx, need_weights
+    )
+
+
+def _simple_backward(
+    layer: Layer,
+    kernels: tuple[Any, Any],
+    incoming: tuple[Tensor, Tensor],
+    operands: tuple[Tensor | None, ...],
+    output: Tensor,
+    drecurrent: Tensor,
+    need_hx: bool,
+    constants: dict[str, Any],
+) -> Tensor | None:
+    """Fills the gradients among the operands; returns that of h0 if needed."""
+    grad_output, grad_h_n = incoming
+    constants = {**constants, "HIDDEN": layer.hidden, "PRECISION": layer.precision}
+    strides = (layer.time_order(grad_output), layer.time_order(output))
+    if layer.steps > 1 and layer.fits_sequence_kernel():
+        dh0 = torch.empty_like(grad_h_n) if need_hx else None
+        grid, config = layer.sequence_launch()
+        launch(
+            kernels[0],
+            grid,
+            config,
+            grad_output,
+            grad_h_n,
+            *operands,
+            dh0,
+            *strides,
+            layer.steps,
+            layer.batch,
+            BLOCK_H=layer.block_h,
+            **constants,
+        )
+        return dh0
+    dh = grad_h_n.to(torch.float32, copy=True)
+    grid, config = layer.step_launch(configs.STEP_BACKWARD)
+    for step in reversed(range(layer.steps)):
+        launch(
+            kernels[1],
+            grid,
+            config,
+            grad_output,
+            dh,
+            *operands,
+            *strides,
+            step,
+            layer.steps,
+            layer.batch,
+            **constants,
+        )
+    if not need_hx:
+        return None
+    return final_state_gradient(layer, dh, drecurrent, None).to(grad_h_n.dtype)
+
+
+def _simple_gradients(
+    layer: Layer,
+    dprojected: Tensor,
+    drecurrent: Tensor,
+    dh0: Tensor | None,
+    h0: Tensor,
+    output: Tensor,
+    lengths: Tensor | None,
+    need_input: bool,
+    need_hx: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    absent = layer.input.new_empty
+    gradients = [absent(0) for _ in layer.weights]
+    if need_weights:
+        active = layer.active(lengths)
+        before = layer.states_before(layer.rows(output, layer.hidden), h0, active)
+        named = {
+            "w_ih": layer.weight_gradient(dprojected, layer.input_rows(active)),
+            "w_hh": layer.weight_gradient(drecurrent, before),
+        }
+        if layer["b_ih"] is not None:
+            named |= {"b_ih": summed(dprojected), "b_hh": summed(drecurrent)}
+        gradients = layer.as_weights(named)
+    return (
+        layer.input_gradient(dprojected) if need_input else absent(0),
+        dh0 if need_hx else absent(0),
+        gradients,
+    )

@@ -1,4 +1,4 @@
-"""Device helpers of the recurrent kernels: activations, gates, masks, tiles of states.
+"""Tiles of the recurrent kernels: which part a program owns, loads and stores of its operands.
 
 Letters: T steps, B batch, H hidden features, P features of the hidden state, D directions. A tile
 has BLOCK_B sequences by all (padded) features, or by BLOCK_U units in the step kernels.
@@ -9,51 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fmkernels.ops._triton.primitives import sigmoid, tanh
-
 
 @triton.jit
-def activate(x, KIND: tl.constexpr):
-    if KIND == "tanh":
-        return tanh(x)
-    elif KIND == "sigmoid":
-        return sigmoid(x)
-    elif KIND == "relu":
-        return tl.where(x < 0, 0.0, x)  # not maximum: NaN stays
-    elif KIND == "hard_sigmoid":
-        return tl.where(x < -3, 0.0, tl.where(x > 3, 1.0, (x + 3.0) / 6.0))
-    else:
-        tl.static_assert(KIND == "identity", "unknown activation")
-        return x
-
-
-@triton.jit
-def slope(y, KIND: tl.constexpr):
-    """The derivative of an activation by its own result."""
-    if KIND == "tanh":
-        return 1.0 - y * y
-    elif KIND == "sigmoid":
-        return y * (1.0 - y)
-    elif KIND == "relu":
-        return tl.where(y > 0, 1.0, 0.0)
-    elif KIND == "hard_sigmoid":
-        return tl.where((y > 0) & (y < 1), 1.0 / 6.0, 0.0)
-    else:
-        tl.static_assert(KIND == "identity", "unknown activation")
-        return y * 0.0 + 1.0
-
-
-@triton.jit
-def rounded_gate(gate, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """A gate as it is saved. A hard sigmoid below 1 must not round to 1, where its slope is 0."""
-    if KIND == "hard_sigmoid":
-        below_one = 1.0
-        if tl.float16 == DTYPE:
-            below_one = 0.99951171875
-        if tl.bfloat16 == DTYPE:
-            below_one = 0.99609375
-        gate = tl.where((gate < 1) & (gate > below_one), below_one, gate)
-    return gate.to(DTYPE)
+def place_sequences(batch, BLOCK_B: tl.constexpr):
+    """Direction and first sequence of a program that owns BLOCK_B whole sequences."""
+    blocks = tl.cdiv(batch, BLOCK_B)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_B
 
 
 @triton.jit
@@ -69,6 +30,33 @@ def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def saved_row_of(direction, t, steps, batch, first):
+    """The row of a tile's first sequence in a (D, T, B, features) tensor."""
+    return (tl.cast(direction, tl.int64) * steps + t) * batch + first
+
+
+@triton.jit
+def load_four(pointers, width, mask):
+    """Four tiles in float32, ``width`` elements apart: the gates of a row lie side by side."""
+    return (
+        tl.load(pointers, mask=mask, other=0.0).to(tl.float32),
+        tl.load(pointers + width, mask=mask, other=0.0).to(tl.float32),
+        tl.load(pointers + 2 * width, mask=mask, other=0.0).to(tl.float32),
+        tl.load(pointers + 3 * width, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def store_four(pointers, width, first, second, third, fourth, mask):
+    """The inverse of :func:`load_four`, rounded to the dtype pointed at."""
+    DTYPE: tl.constexpr = pointers.dtype.element_ty
+    tl.store(pointers, first.to(DTYPE), mask=mask)
+    tl.store(pointers + width, second.to(DTYPE), mask=mask)
+    tl.store(pointers + 2 * width, third.to(DTYPE), mask=mask)
+    tl.store(pointers + 3 * width, fourth.to(DTYPE), mask=mask)
+
+
+@triton.jit
 def load_vector(base_ptr, width, COLUMNS: tl.constexpr):
     """A row of per-unit weights in float32, 0 past its width and without weights."""
     columns = tl.arange(0, COLUMNS)
@@ -76,6 +64,17 @@ def load_vector(base_ptr, width, COLUMNS: tl.constexpr):
         return tl.zeros((COLUMNS,), tl.float32)
     else:
         return tl.load(base_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_four_vectors(base_ptr, width, COLUMNS: tl.constexpr):
+    """:func:`load_vector` of each gate, (1, COLUMNS)."""
+    return (
+        load_vector(base_ptr, width, COLUMNS)[None, :],
+        load_vector(base_ptr + width, width, COLUMNS)[None, :],
+        load_vector(base_ptr + 2 * width, width, COLUMNS)[None, :],
+        load_vector(base_ptr + 3 * width, width, COLUMNS)[None, :],
+    )
 
 
 @triton.jit
@@ -110,15 +109,6 @@ def load_gate_weight(
 
 
 @triton.jit
-def direction_of(base_ptr, direction, size):
-    """The part of one direction in a stack of weights or states; None stays None."""
-    if base_ptr is None:
-        return None
-    else:
-        return base_ptr + tl.cast(direction, tl.int64) * size
-
-
-@triton.jit
 def load_peepholes(peephole_ptr, first_unit, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr):
     """The peephole weights of i, f and o for COLUMNS units, each (1, COLUMNS); or Nones."""
     if peephole_ptr is None:
@@ -134,50 +124,21 @@ def load_peepholes(peephole_ptr, first_unit, HIDDEN: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def lstm_gates(
-    a_i, a_f, a_g, a_o, c, peepholes, ACTIVATION: tl.constexpr, RECURRENT_ACTIVATION: tl.constexpr
-):
-    """Activated gates i, f, g, o and the new cell, from the gates' sums."""
-    if peepholes[0] is not None:
-        a_i += c * peepholes[0]
-        a_f += c * peepholes[1]
-    i = activate(a_i, RECURRENT_ACTIVATION)
-    f = activate(a_f, RECURRENT_ACTIVATION)
-    g = activate(a_g, ACTIVATION)
-    cell = f * c + i * g
-    if peepholes[0] is not None:
-        a_o += cell * peepholes[2]
-    return i, f, g, activate(a_o, RECURRENT_ACTIVATION), cell
+def load_keep(zone_ptr, offsets, mask, zoneout):
+    """Where (a mask from zone_ptr), or how much of (zoneout), the old value stays."""
+    if zone_ptr is not None:
+        return tl.load(zone_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    else:
+        return zoneout
 
 
 @triton.jit
-def lstm_gates_backward(
-    i,
-    f,
-    g,
-    o,
-    before,
-    do,
-    dcell,
-    peepholes,
-    ACTIVATION: tl.constexpr,
-    RECURRENT_ACTIVATION: tl.constexpr,
-):
-    """Gradients of the gates' sums, and of the cell before.
-
-    before: the cell before the step; do: gradient of the gate o; dcell: of the new cell, without
-    what comes through o's peephole.
-    """
-    do = do * slope(o, RECURRENT_ACTIVATION)
-    if peepholes[0] is not None:
-        dcell += do * peepholes[2]
-    di = dcell * g * slope(i, RECURRENT_ACTIVATION)
-    df = dcell * before * slope(f, RECURRENT_ACTIVATION)
-    dg = dcell * i * slope(g, ACTIVATION)
-    dbefore = dcell * f
-    if peepholes[0] is not None:
-        dbefore += di * peepholes[0] + df * peepholes[1]
-    return di, df, dg, do, dbefore
+def direction_of(base_ptr, direction, size):
+    """The part of one direction in a stack of weights or states; None stays None."""
+    if base_ptr is None:
+        return None
+    else:
+        return base_ptr + tl.cast(direction, tl.int64) * size
 
 
 @triton.jit
@@ -197,68 +158,9 @@ def load_lengths(lengths_ptr, first, batch, steps, ROWS: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, known, count, eps):
-    """N(x) over the known columns of a row, and the reciprocal standard deviation (ROWS, 1)."""
-    # Past the known columns there may be anything: a sigmoid of nothing is a half.
-    mean = tl.sum(tl.where(known, x, 0.0), 1, keep_dims=True) / count
-    centered = tl.where(known, x - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centered * centered, 1, keep_dims=True) / count + eps)
-    return centered * scale, scale
-
-
-@triton.jit
-def normalize_backward(grad, normed, scale, known, count):
-    mean = tl.sum(grad, 1, keep_dims=True) / count
-    along = tl.sum(grad * normed, 1, keep_dims=True) / count
-    return tl.where(known, (grad - mean - normed * along) * scale, 0.0)
-
-
-@triton.jit
-def normalize_gates(i, f, g, o, known, count, eps):
-    """:func:`normalize` over the four gates together."""
-    mean = tl.sum(i + f + g + o, 1, keep_dims=True) / (4 * count)
-    i = tl.where(known, i - mean, 0.0)
-    f = tl.where(known, f - mean, 0.0)
-    g = tl.where(known, g - mean, 0.0)
-    o = tl.where(known, o - mean, 0.0)
-    variance = tl.sum(i * i + f * f + g * g + o * o, 1, keep_dims=True) / (4 * count)
-    scale = tl.rsqrt(variance + eps)
-    return i * scale, f * scale, g * scale, o * scale, scale
-
-
-@triton.jit
-def load_keep(zone_ptr, offsets, mask, zoneout):
-    """Where (a mask from zone_ptr), or how much of (zoneout), the old value stays."""
-    if zone_ptr is not None:
-        return tl.load(zone_ptr + offsets, mask=mask, other=0).to(tl.float32)
-    else:
-        return zoneout
-
-
-@triton.jit
-def mix(keep, old, new):
-    """The old value's share and the new one's; a mask (0 or 1) takes either as it is."""
-    if keep is None:
-        return new
-    else:
-        mixed = keep * old + (1.0 - keep) * new
-        # Not the product where one share is all: 0 * inf is NaN.
-        return tl.where(keep == 0.0, new, tl.where(keep == 1.0, old, mixed))
-
-
-@triton.jit
-def kept_part(keep, grad):
-    """What of a gradient goes to the old value."""
-    if keep is None:
-        return grad * 0.0
-    else:
-        return tl.where(keep == 0.0, 0.0, grad * keep)
-
-
-@triton.jit
-def new_part(keep, grad):
-    """What of a gradient goes to the new value."""
-    if keep is None:
-        return grad
-    else:
-        return tl.where(keep == 1.0, 0.0, grad * (1.0 - keep))
+def starts_here(step, t, direction, lengths_ptr, lengths):
+    """Whether a row begins with its initial state at a step: at its own last one if backwards."""
+    starts = step == 0
+    if lengths_ptr is not None:
+        starts = starts | ((direction == 1) & (t == lengths - 1))
+    return starts

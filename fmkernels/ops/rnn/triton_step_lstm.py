@@ -1,105 +1,39 @@
-"""One step of a recurrent layer in one launch: the product and the cell; here the LSTM's.
-
-For hidden sizes whose weights do not fit one multiprocessor, and for cells. A program owns BLOCK_B
-sequences by BLOCK_U units of one direction. Forward, the gates of a unit are adjacent columns of
-one product, so that the cell is its epilogue; backward, the product with the step after is the
-prologue of the cell's gradient. Tiles of the weights are read as torch lays them out: a column of
-the product is a row of the weight, contiguous along the sum.
-"""
+"""One step of an LSTM in one launch, forward and backward; the plan is in triton_step.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fmkernels.ops._triton.primitives import dot
-from fmkernels.ops.rnn.triton_tiles import (
+from fmkernels.ops.rnn.triton_math import (
     activate,
-    direction_of,
     kept_part,
-    load_bias,
-    load_keep,
-    load_lengths,
-    load_peepholes,
     lstm_gates,
     lstm_gates_backward,
     mix,
     new_part,
     rounded_gate,
     slope,
-    step_time,
 )
-
-
-@triton.jit
-def add_product(
-    acc,
-    x_ptr,  # first row of the tile
-    x_stride,
-    factors_ptr,  # like x with a row stride of depth, or None
-    w_ptr,  # (gates * HIDDEN, depth)
-    rows,
-    row_mask,
-    first_unit,
-    depth,
-    SLOTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc (BLOCK_B, slots * BLOCK_U) += x w^T; column u * slots + s is slot s of unit u.
-
-    SLOTS names the gate of each slot: "one"; "lstm": i, f, g, o; a GRU keeps the two parts of n
-    apart: "gru_input" fills r, z, n, and "gru_hidden" r, z, and n into the fourth.
-    """
-    COUNT: tl.constexpr = 1 if SLOTS == "one" else 4
-    column = tl.arange(0, COUNT * BLOCK_U)
-    unit = first_unit + column // COUNT
-    gate = column % COUNT
-    known = unit < HIDDEN
-    if SLOTS == "gru_input":
-        known = known & (gate < 3)
-    if SLOTS == "gru_hidden":
-        known = known & (gate != 2)
-        gate = tl.minimum(gate, 2)
-    w_rows = (gate * HIDDEN + unit).to(tl.int64) * depth
-    for k in tl.range(0, depth, BLOCK_K):
-        lanes = k + tl.arange(0, BLOCK_K)
-        inside = row_mask & (lanes < depth)[None, :]
-        x = tl.load(x_ptr + rows * x_stride + lanes[None, :], mask=inside, other=0.0)
-        if factors_ptr is not None:
-            factors = tl.load(factors_ptr + rows * depth + lanes[None, :], mask=inside, other=0.0)
-            x = (x.to(tl.float32) * factors.to(tl.float32)).to(x.dtype)
-        w = tl.load(
-            w_ptr + w_rows[:, None] + lanes[None, :],
-            mask=known[:, None] & (lanes < depth)[None, :],
-            other=0.0,
-        )
-        acc = dot(x, tl.trans(w), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def split_slots(acc, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
-    """The four (BLOCK_B, BLOCK_U) parts of interleaved columns."""
-    even, odd = tl.split(tl.reshape(acc, (BLOCK_B, BLOCK_U, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def place(batch, HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr):
-    """Direction, first row and first unit of a program."""
-    unit_blocks: tl.constexpr = (HIDDEN + BLOCK_U - 1) // BLOCK_U
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(batch, BLOCK_B)
-    return (
-        pid // unit_blocks // blocks,
-        pid // unit_blocks % blocks * BLOCK_B,
-        pid % unit_blocks * BLOCK_U,
-    )
+from fmkernels.ops.rnn.triton_step import (
+    add_product,
+    carried_gradient,
+    place,
+    split_slots,
+    tile_at,
+)
+from fmkernels.ops.rnn.triton_tiles import (
+    direction_of,
+    load_bias,
+    load_four,
+    load_keep,
+    load_lengths,
+    load_peepholes,
+    saved_row_of,
+    starts_here,
+    step_time,
+    store_four,
+)
 
 
 @triton.jit(do_not_specialize=["step", "steps", "batch"])
@@ -144,10 +78,7 @@ def lstm_step_fwd_kernel(
     step's input (B, FEATURES), which is then projected here."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     size = tl.cast(batch, tl.int64) * HIDDEN
@@ -172,10 +103,8 @@ def lstm_step_fwd_kernel(
     if pre_ptr is not None:
         pre = pre_ptr + tl.cast(direction, tl.int64) * pre_strides[0] + t * pre_strides[1]
         pre = pre + rows * pre_strides[2] + units
-        a_i += tl.load(pre, mask=inside, other=0.0).to(tl.float32)
-        a_f += tl.load(pre + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-        a_g += tl.load(pre + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-        a_o += tl.load(pre + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
+        x_i, x_f, x_g, x_o = load_four(pre, HIDDEN, inside)
+        a_i, a_f, a_g, a_o = a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o
     a_i += load_bias(bias_ih_ptr, bias_hh_ptr, 0, first_unit, HIDDEN, BLOCK_U)
     a_f += load_bias(bias_ih_ptr, bias_hh_ptr, 1, first_unit, HIDDEN, BLOCK_U)
     a_g += load_bias(bias_ih_ptr, bias_hh_ptr, 2, first_unit, HIDDEN, BLOCK_U)
@@ -187,7 +116,7 @@ def lstm_step_fwd_kernel(
         a_i, a_f, a_g, a_o, c, peepholes, ACTIVATION, RECURRENT_ACTIVATION
     )
     new_h = o * activate(new_c, ACTIVATION)
-    saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + rows
+    saved_row = saved_row_of(direction, t, steps, batch, rows)
     saved = saved_row * HIDDEN + units
     new_h = mix(load_keep(zone_h_ptr, saved, inside, zoneout), h.to(tl.float32), new_h)
     new_c = mix(load_keep(zone_c_ptr, saved, inside, zoneout), c, new_c)
@@ -207,41 +136,8 @@ def lstm_step_fwd_kernel(
         f = rounded_gate(tl.where(active, f, 0.0), RECURRENT_ACTIVATION, DTYPE)
         g = rounded_gate(tl.where(active, g, 0.0), ACTIVATION, DTYPE)
         o = rounded_gate(tl.where(active, o, 0.0), RECURRENT_ACTIVATION, DTYPE)
-        tl.store(gates, i, mask=inside)
-        tl.store(gates + HIDDEN, f, mask=inside)
-        tl.store(gates + 2 * HIDDEN, g, mask=inside)
-        tl.store(gates + 3 * HIDDEN, o, mask=inside)
+        store_four(gates, HIDDEN, i, f, g, o, inside)
         tl.store(cells_ptr + saved, visible_c, mask=inside)
-
-
-@triton.jit
-def carried_gradient(
-    dnext_ptr,  # first row of the tile, (B, depth): gradients of the step after
-    w_ptr,  # (depth, HIDDEN)
-    rows,
-    row_mask,
-    units,
-    last,
-    depth: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What reaches the hidden state from the step after: dnext w, (BLOCK_B, BLOCK_U); zeros if
-    the step is the last."""
-    acc = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
-    for k in tl.range(0, tl.where(last, 0, depth), BLOCK_K):
-        lanes = k + tl.arange(0, BLOCK_K)
-        inside = row_mask & (lanes < depth)[None, :]
-        d = tl.load(dnext_ptr + rows * depth + lanes[None, :], mask=inside, other=0.0)
-        w_rows = lanes.to(tl.int64)[:, None] * HIDDEN
-        w = tl.load(
-            w_ptr + w_rows + units, mask=(lanes < depth)[:, None] & (units < HIDDEN), other=0.0
-        )
-        acc = dot(d, w, acc, PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["step", "steps", "batch"])
@@ -277,11 +173,7 @@ def lstm_step_bwd_kernel(
     """dh, dc: (D, B, H) fp32, updated in place: of the state after the step, dh without what the
     step after contributed through W_hh, which is computed here."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
-    DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     active = t < lengths
@@ -290,7 +182,7 @@ def lstm_step_bwd_kernel(
     forward = tl.where(direction == 0, 1, -1).to(tl.int64)
     dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
     dc = tl.load(dc_ptr + offsets, mask=inside, other=0.0)
-    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    first_row = saved_row_of(direction, t, steps, batch, 0)
     w_hh_ptr = direction_of(w_hh_ptr, direction, 4 * HIDDEN * HIDDEN)
     carried = carried_gradient(
         dgates_ptr + (first_row + forward * batch) * (4 * HIDDEN), w_hh_ptr, rows, row_mask,
@@ -301,13 +193,8 @@ def lstm_step_bwd_kernel(
     dh += carried
     saved = (first_row + rows) * HIDDEN + units
     gates = gates_ptr + (first_row + rows) * (4 * HIDDEN) + units
-    i = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-    f = tl.load(gates + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gates + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(gates + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    starts = step == 0
-    if lengths_ptr is not None:
-        starts = starts | ((direction == 1) & (t == lengths - 1))
+    i, f, g, o = load_four(gates, HIDDEN, inside)
+    starts = starts_here(step, t, direction, lengths_ptr, lengths)
     c0 = tl.load(c0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(cells_ptr + saved - forward * size, mask=inside & (step > 0), other=0.0)
     before = tl.where(starts, c0, before)
@@ -335,10 +222,9 @@ def lstm_step_bwd_kernel(
         RECURRENT_ACTIVATION,
     )  # fmt: skip
     dgates = dgates_ptr + (first_row + rows) * (4 * HIDDEN) + units
-    tl.store(dgates, tl.where(active, di, 0.0).to(DTYPE), mask=inside)
-    tl.store(dgates + HIDDEN, tl.where(active, df, 0.0).to(DTYPE), mask=inside)
-    tl.store(dgates + 2 * HIDDEN, tl.where(active, dg, 0.0).to(DTYPE), mask=inside)
-    tl.store(dgates + 3 * HIDDEN, tl.where(active, do, 0.0).to(DTYPE), mask=inside)
+    di, df = tl.where(active, di, 0.0), tl.where(active, df, 0.0)
+    dg, do = tl.where(active, dg, 0.0), tl.where(active, do, 0.0)
+    store_four(dgates, HIDDEN, di, df, dg, do, inside)
     tl.store(dh_ptr + offsets, tl.where(active, kept_part(keep_h, total_h), dh), mask=inside)
     carried_c += kept_part(keep_c, total_c)
     tl.store(dc_ptr + offsets, tl.where(active, carried_c, dc), mask=inside)

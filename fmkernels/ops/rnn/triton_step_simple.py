@@ -1,4 +1,4 @@
-"""One step of a GRU or of a plain recurrent layer in one launch; the plan is triton_steps.py's."""
+"""One step of a GRU or of a plain recurrent layer in one launch; the plan is in triton_step.py."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import triton
 import triton.language as tl
 
 from fmkernels.ops._triton.primitives import sigmoid, tanh
-from fmkernels.ops.rnn.triton_steps import (
+from fmkernels.ops.rnn.triton_math import activate, slope
+from fmkernels.ops.rnn.triton_step import (
     add_product,
     carried_gradient,
     place,
     split_slots,
+    tile_at,
 )
 from fmkernels.ops.rnn.triton_tiles import (
-    activate,
     direction_of,
     load_bias,
+    load_four,
     load_lengths,
-    slope,
+    saved_row_of,
+    starts_here,
     step_time,
+    store_four,
 )
 
 
@@ -51,10 +55,7 @@ def gru_step_fwd_kernel(
     """As :func:`lstm_step_fwd_kernel`."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     size = tl.cast(batch, tl.int64) * HIDDEN
@@ -94,12 +95,11 @@ def gru_step_fwd_kernel(
     out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
     tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
     if gates_ptr is not None:
-        saved_row = (tl.cast(direction, tl.int64) * steps + t) * batch + rows
+        saved_row = saved_row_of(direction, t, steps, batch, rows)
         gates = gates_ptr + saved_row * (4 * HIDDEN) + units
-        tl.store(gates, tl.where(active, r, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + HIDDEN, tl.where(active, z, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + 2 * HIDDEN, tl.where(active, n, 0.0).to(DTYPE), mask=inside)
-        tl.store(gates + 3 * HIDDEN, tl.where(active, h_n, 0.0).to(DTYPE), mask=inside)
+        r, z = tl.where(active, r, 0.0), tl.where(active, z, 0.0)
+        n, h_n = tl.where(active, n, 0.0), tl.where(active, h_n, 0.0)
+        store_four(gates, HIDDEN, r, z, n, h_n, inside)
 
 
 @triton.jit(do_not_specialize=["step", "steps", "batch"])
@@ -127,10 +127,7 @@ def gru_step_bwd_kernel(
     """As :func:`lstm_step_bwd_kernel`; dprojected and drecurrent as in the sequence kernel."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     active = t < lengths
@@ -138,20 +135,15 @@ def gru_step_bwd_kernel(
     offsets = direction * size + rows * HIDDEN + units
     forward = tl.where(direction == 0, 1, -1).to(tl.int64)
     dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
-    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    first_row = saved_row_of(direction, t, steps, batch, 0)
     w_hh_ptr = direction_of(w_hh_ptr, direction, 3 * HIDDEN * HIDDEN)
     dh += carried_gradient(
         drecurrent_ptr + (first_row + forward * batch) * (3 * HIDDEN), w_hh_ptr, rows, row_mask,
         units, step == steps - 1, 3 * HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
     )  # fmt: skip
     gates = gates_ptr + (first_row + rows) * (4 * HIDDEN) + units
-    r = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(gates + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    n = tl.load(gates + 2 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    h_n = tl.load(gates + 3 * HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    starts = step == 0
-    if lengths_ptr is not None:
-        starts = starts | ((direction == 1) & (t == lengths - 1))
+    r, z, n, h_n = load_four(gates, HIDDEN, inside)
+    starts = starts_here(step, t, direction, lengths_ptr, lengths)
     h0 = tl.load(h0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     out = out_ptr + (t - forward) * out_strides[0] + direction * HIDDEN
     before = tl.load(out + rows * out_strides[1] + units, mask=inside & (step > 0), other=0.0).to(
@@ -202,10 +194,7 @@ def rnn_step_fwd_kernel(
     """As :func:`lstm_step_fwd_kernel`."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     size = tl.cast(batch, tl.int64) * HIDDEN
@@ -259,17 +248,14 @@ def rnn_step_bwd_kernel(
     """As :func:`lstm_step_bwd_kernel`; dsums as in the sequence kernel."""
     direction, first, first_unit = place(batch, HIDDEN, BLOCK_B, BLOCK_U)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-    units = first_unit + tl.arange(0, BLOCK_U)[None, :]
-    row_mask = rows < batch
-    inside = row_mask & (units < HIDDEN)
+    rows, units, row_mask, inside = tile_at(first, first_unit, batch, HIDDEN, BLOCK_B, BLOCK_U)
     t = tl.cast(step_time(step, steps, direction), tl.int64)
     active = t < load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     size = tl.cast(batch, tl.int64) * HIDDEN
     offsets = direction * size + rows * HIDDEN + units
     forward = tl.where(direction == 0, 1, -1).to(tl.int64)
     dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0)
-    first_row = (tl.cast(direction, tl.int64) * steps + t) * batch
+    first_row = saved_row_of(direction, t, steps, batch, 0)
     w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
     dh += carried_gradient(
         dsums_ptr + (first_row + forward * batch) * HIDDEN, w_hh_ptr, rows, row_mask, units,
