@@ -7,6 +7,7 @@ import torch
 
 from fmkernels import _native, testing
 from fmkernels.ops._activations import opmath_dtype
+from fmkernels.ops.rnn.schema import PLAIN_LSTM
 
 ops = torch.ops.fmkernels
 pytestmark = pytest.mark.skipif(
@@ -199,4 +200,92 @@ def test_feed_forward_pack_weight(dtype):
     for arguments in ((weight, None), (weight, gate)):
         torch.library.opcheck(
             ops.feed_forward_pack_weight.default, arguments, test_utils=PACK_TESTS
+        )
+
+
+def _recurrent_operands(gates, dtype, directions, batch_first):
+    """input of T = 3, B = 2, I = 5; h0 of H = 6; the weights of all directions."""
+    input = testing.normal(*((2, 3) if batch_first else (3, 2)), 5, dtype=dtype)
+    weights = []
+    for _ in range(directions):
+        weights += [testing.normal(gates * 6, width, dtype=dtype) for width in (5, 6)]
+        weights += [testing.normal(gates * 6, 1, dtype=dtype).flatten() for _ in range(2)]
+    return input, testing.normal(directions, 2, 6, dtype=dtype), weights
+
+
+NEEDS = ((True,) * 3, (True, False, False), (False, True, True))
+ALL_TESTS = (*PACK_TESTS, "test_aot_dispatch_dynamic")
+# What is saved for padded steps is whatever was there: AOTAutograd would compare it.
+WITHOUT_VALUES = PACK_TESTS
+recurrent_forms = pytest.mark.parametrize(
+    ("directions", "batch_first", "lengths"),
+    [(1, False, None), (2, True, None), (2, False, torch.tensor([3, 1]))],
+    ids=["one way", "two ways, batch first", "lengths"],
+)
+
+
+# tests/test_rnn.py checks the LSTM's ops.
+@dtypes
+@recurrent_forms
+def test_gru(dtype, directions, batch_first, lengths):
+    input, h0, weights = _recurrent_operands(3, dtype, directions, batch_first)
+    options = (lengths, True, batch_first)
+    for save in (False, True):
+        arguments = (input, h0, weights, None, *options, save)
+        checks = WITHOUT_VALUES if save and lengths is not None else ALL_TESTS
+        torch.library.opcheck(ops.gru_forward.default, arguments, test_utils=checks)
+    output, h_n, gates = ops.gru_forward(input, h0, weights, None, *options, True)
+    grads = [torch.randn_like(result) for result in (output, h_n)]
+    backward = (*grads, input, h0, weights, output, gates, *options)
+    for needs in NEEDS:
+        torch.library.opcheck(ops.gru_backward.default, (*backward, *needs))
+
+
+@dtypes
+@recurrent_forms
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_rnn(dtype, directions, batch_first, lengths, nonlinearity):
+    input, h0, weights = _recurrent_operands(1, dtype, directions, batch_first)
+    options = (lengths, nonlinearity, True, batch_first)
+    torch.library.opcheck(ops.rnn_forward.default, (input, h0, weights, None, *options))
+    output, h_n = ops.rnn_forward(input, h0, weights, None, *options)
+    grads = [torch.randn_like(result) for result in (output, h_n)]
+    backward = (*grads, input, h0, weights, output, *options)
+    for needs in NEEDS:
+        torch.library.opcheck(ops.rnn_backward.default, (*backward, *needs))
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_cells(dtype, kind):
+    """One step, without the dimensions of time and direction."""
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind]
+    input, h0, weights = _recurrent_operands(gates, dtype, 1, False)
+    input, h0 = input[0], h0[0]
+    states = (h0, torch.randn_like(h0)) if kind == "lstm" else (h0,)
+    lstm = (None,) * 4 + (True, *PLAIN_LSTM[1:], False)
+    options = {"lstm": lstm, "gru": (None, True, False), "rnn": (None, "tanh", True, False)}[kind]
+    saves = {"lstm": (False, True), "gru": (True,), "rnn": ()}[kind]
+    forward = getattr(ops, f"{kind}_forward").default
+    arguments = (input, *states, weights, None, *options, *saves)
+    torch.library.opcheck(forward, arguments)
+    output, *results = forward(*arguments)
+    finals = results[: len(states)]
+    saved = {"lstm": results[-1:], "gru": results[-1:], "rnn": ()}[kind]
+    grads = [torch.randn_like(result) for result in (output, *finals)]
+    no_cells = (None,) if kind == "lstm" else ()
+    backward = (*grads, *no_cells, input, *states, weights, output, *saved, *options)
+    for needs in NEEDS:
+        torch.library.opcheck(getattr(ops, f"{kind}_backward").default, (*backward, *needs))
+
+
+@dtypes
+@pytest.mark.parametrize("directions", [1, 2])
+def test_recurrent_pack_weights(dtype, directions):
+    for gates, op, flags in ((4, "lstm", (False,)), (3, "gru", ()), (1, "rnn", ())):
+        _, _, weights = _recurrent_operands(gates, dtype, directions, False)
+        torch.library.opcheck(
+            getattr(ops, f"{op}_pack_weight").default,
+            (weights, directions, True, *flags),
+            test_utils=PACK_TESTS,
         )

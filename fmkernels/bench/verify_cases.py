@@ -345,6 +345,30 @@ def linear_cases() -> Iterator[Case]:
 # ------------------------------------------------------------------------------------------ rnn
 
 
+def _off_the_corner(
+    generator: torch.Generator, steps: int, batch: int, features: int, hidden: int
+) -> Named:
+    """Operands of a relu RNN whose pre-activations keep clear of zero, see _CORNERED.
+
+    Integers would not do: from step to step they grow beyond what a narrow dtype holds exactly. So
+    the pre-activations are drawn first and the inputs found from them: W_ih has orthonormal rows.
+    """
+    assert features >= hidden, "the inputs must reach every pre-activation"
+    w_ih = torch.linalg.qr(_normal(generator, features, hidden))[0].T
+    w_hh = _normal(generator, hidden, hidden, scale=hidden**-0.5)
+    b_ih, b_hh = (_normal(generator, hidden, scale=hidden**-0.5) for _ in range(2))
+    wanted = _normal(generator, steps, batch, hidden)
+    wanted = wanted + 0.25 * wanted.sign()
+    before = torch.cat([wanted.new_zeros(1, batch, hidden), wanted[:-1].relu()])
+    return {
+        "input": (wanted - b_ih - b_hh - before @ w_hh.T) @ w_ih,
+        "weight_ih_l0": w_ih.contiguous(),
+        "weight_hh_l0": w_hh,
+        "bias_ih_l0": b_ih,
+        "bias_hh_l0": b_hh,
+    }
+
+
 def _recurrent(
     kind: str,
     name: str,
@@ -376,9 +400,8 @@ def _recurrent(
     states = (num_layers * (1 + bidirectional), shape[0 if batch_first else 1])
 
     def make(generator: torch.Generator) -> Named:
-        if nonlinearity == "relu":  # see _CORNERED
-            tensors = {"input": shape, **{k: p.shape for k, p in template.named_parameters()}}
-            return {key: _integers(generator, *size) for key, size in tensors.items()}
+        if nonlinearity == "relu":
+            return _off_the_corner(generator, *shape, hidden)
         inputs = {"input": _normal(generator, *shape)}
         if hx:
             inputs["h0"] = _normal(generator, *states, proj_size or hidden, scale=0.5)
@@ -449,7 +472,8 @@ def rnn_cases() -> Iterator[Case]:
         two_ways = {"hx": True, "num_layers": 2, "bidirectional": True}
         yield layer("bidirectional, 2 layers T6 B3 7->10 with hx", (6, 3, 7), 10, **two_ways)
     yield _recurrent("lstm", "projection T6 B3 7->20->9", (6, 3, 7), 20, proj_size=9)
-    yield _recurrent("rnn", "relu T2 B3 7->9", (2, 3, 7), 9, nonlinearity="relu")
+    yield _recurrent("rnn", "relu T6 B3 11->9", (6, 3, 11), 9, nonlinearity="relu")
+    yield _recurrent("rnn", "relu T20 B8 64->64", (20, 8, 64), 64, nonlinearity="relu")
     for kind in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
         yield _cell(kind, "B1 5->7", 1, 5, 7)
         yield _cell(kind, "B32 64->64", 32, 64, 64)
