@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -176,10 +177,14 @@ def clear_decisions() -> None:
     _decisions.clear()
 
 
+# The same few over and over: making one takes longer than looking it up.
+_decision = lru_cache(maxsize=256)(Decision)
+
+
 def record_decision(op: str, chosen: str, refused: tuple[tuple[str, str], ...] = ()) -> None:
     """Log a choice under ``"auto"``; does nothing while torch.compile traces."""
     if not torch.compiler.is_compiling():
-        _decisions.append(Decision(op, chosen, refused))
+        _decisions.append(_decision(op, chosen, refused))
 
 
 def select(

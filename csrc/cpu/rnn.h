@@ -58,6 +58,7 @@ struct RnnWeightGrads {
 
 struct RnnForward {
   RnnShape shape;
+  bool cell;  // a step by itself, not the first of a sequence: its sums may be in another order
   LstmVariant variant;
   const int64_t* lengths;  // [B], each in [0, T]; null: all T
   const void* input;       // rows of I, anywhere

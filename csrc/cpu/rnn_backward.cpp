@@ -1,9 +1,11 @@
 // Backward pass of the recurrent layers. The time loop does only what depends on the step after: dh
 // = grad_output + dG W_hh and the pointwise gradients of the gates' pre-activations dG, which it
 // leaves for all steps in the work space. The weights' gradients are then single products over all
-// steps and rows, and so is dX (rnn_products.cpp).
+// steps and rows, and so is dX (rnn_products.cpp). Threads share the rows or, as in the forward
+// pass, the units.
 #include <type_traits>
 
+#include "core/team.h"
 #include "cpu/rnn_backward_internal.h"
 #include "cpu/rnn_gradients.h"
 
@@ -57,7 +59,8 @@ void pack_weights(const RnnBackward& p, const BackwardWorkspace<T>& w, double fl
   });
 }
 
-// One item of the work: a direction of a slice of the batch, all steps, last first.
+// A direction of some rows, all steps, last first: as an item by itself, or as a member of a team
+// with a part of the units.
 template <class T>
 class BackwardRun {
  public:
@@ -77,22 +80,37 @@ class BackwardRun {
         layout_(layout),
         sums_(sums),
         lstm_(problem.shape.kind == RnnKind::kLstm),
-        variant_(lstm_ && !is_plain(problem.shape, problem.variant)) {}
+        variant_(lstm_ && !is_plain(problem.shape, problem.variant)),
+        panel1_(hidden_split.count),
+        unit1_(problem.shape.output_size) {}
 
-  // `sums` receives the sums over steps and rows.
-  void run() {
+  // As an item. The sums over steps and rows are added to `sums`.
+  void run() { sequence(nullptr); }
+
+  // As member `index` of a team.
+  void run_in(Team& team, int index) {
+    panel0_ = hidden_split.count * index / team.size();
+    panel1_ = hidden_split.count * (index + 1) / team.size();
+    unit0_ = hidden_split.column(panel0_);
+    unit1_ = min_of(hidden_split.column(panel1_), p.shape.output_size);
+    member_ = index;
+    sequence(&team);
+  }
+
+ private:
+  void sequence(Team* team) {
     Arena sizes{nullptr};
     plan(sizes);
     Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
     plan(arena);
-    for (int64_t i = 0; i < layout_.size; ++i) sums_[i] = 0;
     begin();
     int64_t earlier_active = 0, earlier_time = 0;
     for (int64_t step = p.shape.steps - 1; step >= 0; --step) {
       const int64_t t = d == 0 ? step : p.shape.steps - 1 - step, active = rows.active(t);
       if (earlier_active) through_recurrence(earlier_time, earlier_active);
       one_step(t, active);
-      clear_rest(t, active);
+      if (member_ == 0) clear_rest(t, active);
+      if (team) team->barrier();  // the next step reads all of dG
       earlier_active = active;
       earlier_time = t;
     }
@@ -100,7 +118,6 @@ class BackwardRun {
     finish();
   }
 
- private:
   const RnnBackward& p;
   const BackwardWorkspace<T>& w;
   const PanelSplit<V> hidden_split, unit_split;
@@ -109,6 +126,9 @@ class BackwardRun {
   const SumLayout layout_;
   Acc<T>* sums_;
   const bool lstm_, variant_;
+  // What a member computes: panels of the hidden state, and their units.
+  int64_t panel0_ = 0, panel1_, unit0_ = 0, unit1_;
+  int member_ = 0;
 
   Acc<T>* grad_hidden_;  // [rows][ld_p()]: of the state after the step, then before it
   Acc<T>* carried_;      // [rows][ld_p()]: what of it goes on past the gates; null if nothing does
@@ -170,19 +190,23 @@ class BackwardRun {
   }
 
   void finish() {
-    const int64_t H = p.shape.hidden_size, P = p.shape.output_size;
+    const int64_t H = p.shape.hidden_size, P = p.shape.output_size, count = unit1_ - unit0_;
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = d * p.shape.batch + rows.index(i);
-      if (p.grad_h0) convert(grad_hidden_ + i * ld_p(), static_cast<T*>(p.grad_h0) + row * P, P);
-      if (p.grad_c0) store_cell_row<T>(grad_cell_ + i * ld_h(), H, p.wide_cell, row * H, p.grad_c0);
+      if (p.grad_h0)
+        convert(grad_hidden_ + i * ld_p() + unit0_, static_cast<T*>(p.grad_h0) + row * P + unit0_,
+                count);
+      if (p.grad_c0)  // units of c are those of h, unless a projection lies between: no team then
+        store_cell_row<T>(grad_cell_ + i * ld_h() + unit0_, projects() ? H : count, p.wide_cell,
+                          row * H + unit0_, p.grad_c0);
     }
   }
 
-  // The product of operand_rows_ and packed panels, for rows [0, count).
-  void multiply(int64_t count, const PanelSplit<V>& split, int64_t words, const Word<T>* panels,
-                const Acc<T>* init, Acc<T>* to) {
+  // The product of operand_rows_ and packed panels [first, last), for rows [0, count).
+  void multiply(int64_t count, const PanelSplit<V>& split, int64_t first, int64_t last,
+                int64_t words, const Word<T>* panels, const Acc<T>* init, Acc<T>* to) {
     const int64_t ld = split.padded_columns();
-    for (int64_t panel = 0; panel < split.count; ++panel) {
+    for (int64_t panel = first; panel < last; ++panel) {
       const int64_t column = split.column(panel);
       const int vecs = split.width_vecs(panel);
       const auto tiles = RowTiles::of(count, vecs);
@@ -205,8 +229,8 @@ class BackwardRun {
     for (int64_t i = 0; i < active; ++i)
       operand_rows_[i] =
           reinterpret_cast<const Word<T>*>(gradient_row(w.grad_gates, t, i) + w.hh_first);
-    multiply(active, hidden_split, words_of<T>(w.hh.columns()), w.hh_panels + d * w.hh_words,
-             carries() && !mask ? carried_ : nullptr, grad_hidden_);
+    multiply(active, hidden_split, panel0_, panel1_, words_of<T>(w.hh.columns()),
+             w.hh_panels + d * w.hh_words, carries() && !mask ? carried_ : nullptr, grad_hidden_);
     if (!mask) return;
     for (int64_t i = 0; i < active; ++i) {
       const T* of_row = mask + (d * p.shape.batch + rows.index(i)) * P;
@@ -235,7 +259,7 @@ class BackwardRun {
       const T* grad_output =
           static_cast<const T*>(p.grad_output) + (row_index(p, t, rows.index(i)) * D + d) * P;
       Acc<T>* grad = grad_hidden_ + i * ld_p();
-      for (int64_t j = 0; j < P; j += W) {
+      for (int64_t j = unit0_; j < unit1_; j += W) {
         const int lanes = static_cast<int>(min_of<int64_t>(W, P - j));
         store(grad + j, load(grad + j) + load_lanes(grad_output + j, lanes));
       }
@@ -244,20 +268,22 @@ class BackwardRun {
     if (projects()) {
       for (int64_t i = 0; i < active; ++i)
         operand_rows_[i] = reinterpret_cast<const Word<T>*>(projected_row(t, i));
-      multiply(active, unit_split, words_of<T>(w.projected_step), w.hr_panels + d * w.hr_words,
-               nullptr, grad_gated_);
+      multiply(active, unit_split, 0, unit_split.count, words_of<T>(w.projected_step),
+               w.hr_panels + d * w.hr_words, nullptr, grad_gated_);
     }
     for (int64_t i = 0; i < active; ++i) {
       const int64_t b = rows.index(i), saved = saved_row(t, i), before = time_before(p, d, t, b);
       GradientRow<T> g{};
       g.hidden_size = H;
       g.gate_step = w.gate_step;
+      g.first = unit0_;
+      g.last = unit1_;
       g.grad_hidden = projects() ? grad_gated_ + i * ld_h() : grad_hidden_ + i * ld_p();
       g.gates = static_cast<const T*>(p.gates) + saved * 4 * H;
       g.grad_gates = gradient_row(w.grad_gates, t, i);
       g.sums = sums_;
       g.ld_sums = layout_.ld;
-      clear_pads(g.grad_gates);
+      if (unit1_ == P) clear_pads(g.grad_gates);
       if (lstm_) {
         const auto* cells = static_cast<const Acc<T>*>(p.cells);
         g.cells = cells + saved * H;
@@ -347,27 +373,6 @@ class BackwardRun {
   }
 };
 
-// What the rows' sums are: gradients of biases and of a variant's small parameters.
-template <class T>
-void write_sums(const RnnBackward& p, const SumLayout& l, const Acc<T>* sums,
-                const RnnWeightGrads& out) {
-  const int64_t H = p.shape.hidden_size;
-  const auto write = [&](int64_t from, int64_t rows, void* to) {
-    for (int64_t row = 0; to && row < rows; ++row)
-      convert(sums + from + row * l.ld, static_cast<T*>(to) + row * H, H);
-  };
-  const int gates = gates_of(p.shape.kind);
-  write(0, gates, out.b_ih);
-  write(0, gates, out.b_hh);
-  if (p.shape.kind == RnnKind::kGru && out.b_hh)
-    write(3 * l.ld, 1, static_cast<T*>(out.b_hh) + 2 * H);
-  write(l.peephole, 3, out.peephole);
-  write(l.norm_ih, 4, out.norm_ih);
-  write(l.norm_hh, 4, out.norm_hh);
-  write(l.norm_c, 1, out.norm_c);
-  write(l.bias_c, 1, out.bias_c);
-}
-
 // All dG and the gradients of the initial states and of everything but the matrices.
 template <class T>
 void time_loop(const RnnBackward& p, const BackwardWorkspace<T>& w, double flops,
@@ -375,20 +380,35 @@ void time_loop(const RnnBackward& p, const BackwardWorkspace<T>& w, double flops
   void* memory =
       scratch_bytes(Scratch::kExtra, RowOrder::bytes(p.lengths, p.shape.batch, p.shape.steps) + 8);
   const auto order = RowOrder::of(p.lengths, p.shape.batch, p.shape.steps, memory);
-  const auto items = SequenceItems::of(p.shape, order, pool);
+  const int64_t panels = PanelSplit<Vec<T>>::of(p.shape.output_size).count;
+  const bool in_a_team =
+      flops >= kSerialFlops && panels >= pool.threads &&
+      shares_units(p.shape, p.variant, pool.threads, w.hh_words * sizeof(Word<T>));
   const auto layout = SumLayout::of(p.shape, p.variant, Vec<T>::W);
-  auto* sums = static_cast<Acc<T>*>(scratch_bytes(
-      Scratch::kCall, static_cast<size_t>(items.count() * layout.size) * sizeof(Acc<T>)));
-  for_each_item(items, flops, pool, [&](int64_t item) {
-    BackwardRun<T> run(p, w, items.direction(item), items.rows(item), layout,
-                       sums + item * layout.size);
-    run.run();
-  });
+  auto items = SequenceItems::of(p.shape, order, pool);
+  if (in_a_team) items.slices = 1;
+  const int64_t total = items.count() * layout.size;
+  auto* sums = static_cast<Acc<T>*>(
+      scratch_bytes(Scratch::kCall, static_cast<size_t>(total) * sizeof(Acc<T>)));
+  for (int64_t i = 0; i < total; ++i) sums[i] = 0;
+  if (in_a_team) {
+    Team team(pool.threads);
+    parallel_for(pool, pool.threads, [&](int64_t) {
+      const int index = team.join();
+      if (index >= 0) BackwardRun<T>(p, w, 0, items.rows(0), layout, sums).run_in(team, index);
+    });
+  } else {
+    for_each_item(items, flops, pool, [&](int64_t item) {
+      BackwardRun<T>(p, w, items.direction(item), items.rows(item), layout,
+                     sums + item * layout.size)
+          .run();
+    });
+  }
   for (int64_t d = 0; d < p.shape.directions; ++d) {
-    Acc<T>* total = sums + d * items.slices * layout.size;
+    Acc<T>* total_of = sums + d * items.slices * layout.size;
     for (int64_t slice = 1; slice < items.slices; ++slice)
-      for (int64_t i = 0; i < layout.size; ++i) total[i] += total[slice * layout.size + i];
-    write_sums<T>(p, layout, total, p.grad_weights[d]);
+      for (int64_t i = 0; i < layout.size; ++i) total_of[i] += total_of[slice * layout.size + i];
+    write_sums<T>(p.shape, layout, total_of, p.grad_weights[d]);
   }
 }
 
@@ -412,6 +432,7 @@ void backward_typed(const RnnBackward& p, const Parallel& pool) {
 }  // namespace
 
 void rnn_backward(const RnnBackward& p, const Parallel& pool) {
+  if (rnn_step_backward(p, pool)) return;
   with_type(p.shape.dtype,
             [&](auto* type) { backward_typed<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }

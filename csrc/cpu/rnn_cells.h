@@ -8,28 +8,70 @@
 namespace fmk::FMK_ISA {
 namespace {
 
+// n / d for finite d from 1 to 2^126, to 1 ulp: an approximate reciprocal, a step of Newton's for
+// it and one for the quotient, in a third of the division's time.
+FMK_INLINE VecF divide(VecF n, VecF d) {
+#if defined(__AVX512F__)
+  const VecF about = {_mm512_rcp14_ps(d.v)};
+  const VecF reciprocal = fma(about, fnma(d, about, splat(1.0f)), about);
+  const VecF quotient = n * reciprocal;
+  return fma(fnma(quotient, d, n), reciprocal, quotient);
+#else
+  return n / d;
+#endif
+}
+FMK_INLINE VecD divide(VecD n, VecD d) { return n / d; }
+
 // tanh(x) = -e / (2 + e), e = e^-2x - 1. Where x is cut, tanh has rounded to -1.
 template <class V>
 FMK_INLINE V tanh_by_expm1(V x) {
   const V e = expm1(max(splat_as<V>(-20), x) * splat_as<V>(-2));
-  return (zero<V>() - e) / (splat_as<V>(2) + e);
+  return divide(zero<V>() - e, splat_as<V>(2) + e);
 }
 
-// sigmoid(a) tanh(b) = (1 - e) / ((1 + e^-a) (1 + e)), e = e^-2b: one division for both. Where b is
-// cut, tanh has rounded to -1; where e^-a overflows, the quotient is 0 as it should be.
-template <class V>
-struct SigmoidTimesTanh {
-  V a_term, b_term;  // 1 + e^-a, e^-2b - 1
+// e^x (or e^x - 1) of several vectors side by side, as exp and expm1 in vmath.h: each is one long
+// chain, and the processor does not look far enough ahead to find the next one by itself.
+template <bool kMinusOne, int N>
+FMK_INLINE void exp_of_each(VecF (&x)[N]) {
+  VecF n[N], r[N], q[N];
+  FMK_FOR (i, N) x[i] = min(splat(89.0f), max(splat(-104.5f), x[i]));
+  FMK_FOR (i, N) n[i] = round(x[i] * splat(0x1.715476p+0f));
+  FMK_FOR (i, N) r[i] = fnma(n[i], splat(0x1.62e400p-1f), x[i]);
+  FMK_FOR (i, N) r[i] = fnma(n[i], splat(0x1.7f7d1cp-20f), r[i]);
+  FMK_FOR (i, N) q[i] = fma(splat(0x1.6a2430p-10f), r[i], splat(0x1.1239e4p-7f));
+  FMK_FOR (i, N) q[i] = fma(q[i], r[i], splat(0x1.5558f2p-5f));
+  FMK_FOR (i, N) q[i] = fma(q[i], r[i], splat(0x1.555492p-3f));
+  FMK_FOR (i, N) q[i] = fma(q[i], r[i], splat(0x1.fffffcp-2f));
+  FMK_FOR (i, N) q[i] = fma(q[i] * r[i], r[i], r[i]);
+  if constexpr (kMinusOne) {
+    FMK_FOR (i, N) n[i] = scale2(splat(1.0f), n[i] - splat(1.0f));
+    FMK_FOR (i, N) q[i] = fma(q[i], n[i], n[i] - splat(0.5f));
+    FMK_FOR (i, N) x[i] = q[i] + q[i];
+  } else {
+    FMK_FOR (i, N) x[i] = scale2(q[i] + splat(1.0f), n[i]);
+  }
+}
+template <bool kMinusOne, int N>
+FMK_INLINE void exp_of_each(VecD (&x)[N]) {
+  FMK_FOR (i, N) x[i] = kMinusOne ? expm1(x[i]) : exp(x[i]);
+}
 
-  FMK_INLINE SigmoidTimesTanh of(V a, V b) {
-    return {splat_as<V>(1) + exp(zero<V>() - a), expm1(max(splat_as<V>(-20), b) * splat_as<V>(-2))};
-  }
-  FMK_LAMBDA V product() const {
-    return (zero<V>() - b_term) / (a_term * (splat_as<V>(2) + b_term));
-  }
-  FMK_LAMBDA V sigmoid_a() const { return splat_as<V>(1) / a_term; }
-  FMK_LAMBDA V tanh_b() const { return (zero<V>() - b_term) / (splat_as<V>(2) + b_term); }
-};
+// 1 + e^-x, of which sigmoid(x) is the reciprocal. x is cut where that is 2e-38 or, for a product
+// with a tanh, whose term would overflow, 4e-21.
+template <class V, int N>
+FMK_INLINE void sigmoid_terms(V (&x)[N], const double (&cuts)[N]) {
+  FMK_FOR (i, N) x[i] = zero<V>() - max(splat_as<V>(cuts[i]), x[i]);
+  exp_of_each<false>(x);
+  FMK_FOR (i, N) x[i] = splat_as<V>(1) + x[i];
+}
+constexpr double kCut = -87, kCutOfProduct = -47;
+
+// e^-2x - 1, of which tanh(x) is -e / (2 + e). Where x is cut, tanh has rounded to -1.
+template <class V, int N>
+FMK_INLINE void tanh_terms(V (&x)[N]) {
+  FMK_FOR (i, N) x[i] = max(splat_as<V>(-20), x[i]) * splat_as<V>(-2);
+  exp_of_each<true>(x);
+}
 
 template <class V>
 FMK_INLINE V gate_activation(GateActivation activation, V x) {
@@ -72,8 +114,8 @@ FMK_INLINE V saved_gate(GateActivation activation, V y) {
 // One step of one block of units, for rows 0, 1, ... of an item.
 template <class T>
 struct BlockStep {
-  const Acc<T>* gates;  // [rows][positions * W] pre-activations
-  int64_t unit;         // the block's first
+  Acc<T>* gates;  // [rows][positions * W] pre-activations; overwritten
+  int64_t unit;   // the block's first
   int64_t hidden_size;
   Acc<T>* c;               // [rows][ld_c] cell states, updated; LSTM
   const Operand<T>* from;  // [rows][ld_h] hidden states before; GRU
@@ -100,71 +142,138 @@ FMK_INLINE void put_hidden(T* output, Operand<T>* hidden, V h, int lanes) {
   store_lanes(hidden, h, lanes);
 }
 
+// Runs step(row, integral constant n) over rows in groups of n, four as long as there are.
+template <class Step>
+FMK_INLINE void for_row_groups(int64_t rows, const Step& step) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) step(row, std::integral_constant<int, 4>{});
+  for (; row < rows; ++row) step(row, std::integral_constant<int, 1>{});
+}
+
+// Two passes: gates and cell states row by row, whose four exponentials fill the processor, then
+// the output's tanh of several rows at once.
+// sigmoid(a) tanh(b) = -e / ((1 + e^-a) (2 + e)), e = e^-2b - 1: one division for both.
 template <class T, bool kSave>
 FMK_NOINLINE void lstm_cells(const BlockStep<T>& s, int64_t rows) {
   using V = Vec<T>;
-  constexpr int W = V::W;
+  constexpr int W = V::W, kRow = 4 * W;
+  const V one = splat_as<V>(1), two = splat_as<V>(2);
   const int lanes = s.lanes(0);
   const int64_t H = s.hidden_size;
-  const Acc<T>* gates = s.gates;
-  for (int64_t row = 0; row < rows; ++row, gates += 4 * W) {
-    const V i = load(gates), f = load(gates + W), g = load(gates + 2 * W), o = load(gates + 3 * W);
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc<T>* gates = s.gates + row * kRow;
+    V sigmoids[3] = {load(gates), load(gates + W), load(gates + 3 * W)};
+    V enter[1] = {load(gates + 2 * W)};
+    sigmoid_terms(sigmoids, {kCutOfProduct, kCut, kCutOfProduct});
+    tanh_terms(enter);
     Acc<T>* cell = s.c + row * s.ld_c + s.unit;
-    const V keep = sigmoid(f);
-    const auto enter = SigmoidTimesTanh<V>::of(i, g);
-    const V c = fma(keep, load(cell), enter.product());
-    const auto leave = SigmoidTimesTanh<V>::of(o, c);
+    const V keep = divide(one, sigmoids[1]), minus = zero<V>() - enter[0], plus = two + enter[0];
+    const V c = fma(keep, load(cell), divide(minus, sigmoids[0] * plus));
     if constexpr (kSave) {
       T* kept = s.gates_kept + s.saved_rows[row] * 4 * H + s.unit;
-      store_lanes(kept, enter.sigmoid_a(), lanes);
+      store_lanes(kept, divide(one, sigmoids[0]), lanes);
       store_lanes(kept + H, keep, lanes);
-      store_lanes(kept + 2 * H, enter.tanh_b(), lanes);
-      store_lanes(kept + 3 * H, leave.sigmoid_a(), lanes);
+      store_lanes(kept + 2 * H, divide(minus, plus), lanes);
+      store_lanes(kept + 3 * H, divide(one, sigmoids[2]), lanes);
       store_lanes(s.cells_kept + s.saved_rows[row] * H + s.unit, c, lanes);
     }
     if (s.cell_outputs) store_lanes(s.cell_outputs[row] + s.unit, c, lanes);
     store(cell, c);
-    put_hidden(s.outputs[row] + s.unit, s.hidden + row * s.ld_h + s.unit, leave.product(), lanes);
+    store(gates, c);
+    store(gates + W, sigmoids[2]);
   }
+  for_row_groups(rows, [&](int64_t row, auto count) FMK_LAMBDA {
+    constexpr int N = decltype(count)::value;
+    const Acc<T>* gates = s.gates + row * kRow;
+    V cells[N];
+    FMK_FOR (i, N) cells[i] = load(gates + i * kRow);
+    tanh_terms(cells);
+    FMK_FOR (i, N) {
+      const V h = divide(zero<V>() - cells[i], load(gates + i * kRow + W) * (two + cells[i]));
+      put_hidden(s.outputs[row + i] + s.unit, s.hidden + (row + i) * s.ld_h + s.unit, h, lanes);
+    }
+  });
 }
 
 template <class T, bool kSave>
 FMK_NOINLINE void gru_cells(const BlockStep<T>& s, int64_t rows) {
   using V = Vec<T>;
-  constexpr int W = V::W;
+  constexpr int W = V::W, kRow = 4 * W;
+  const V one = splat_as<V>(1), two = splat_as<V>(2);
   const int lanes = s.lanes(0);
   const int64_t H = s.hidden_size;
-  const Acc<T>* gates = s.gates;
-  for (int64_t row = 0; row < rows; ++row, gates += 4 * W) {
-    const V r = sigmoid(load(gates)), z = sigmoid(load(gates + W)), q = load(gates + 3 * W);
-    const V n = tanh_by_expm1(fma(r, q, load(gates + 2 * W)));
-    const V before = load_lanes(s.from + row * s.ld_h + s.unit, lanes);
-    const V h = fma(z, before - n, n);
+  // As the LSTM's: first r and z, then the tanh of several rows at once.
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc<T>* gates = s.gates + row * kRow;
+    V sigmoids[2] = {load(gates), load(gates + W)};
+    sigmoid_terms(sigmoids, {kCut, kCut});
+    const V r = divide(one, sigmoids[0]), z = divide(one, sigmoids[1]), q = load(gates + 3 * W);
     if constexpr (kSave) {
       T* kept = s.gates_kept + s.saved_rows[row] * 4 * H + s.unit;
       store_lanes(kept, r, lanes);
       store_lanes(kept + H, z, lanes);
-      store_lanes(kept + 2 * H, n, lanes);
       store_lanes(kept + 3 * H, q, lanes);
     }
-    put_hidden(s.outputs[row] + s.unit, s.hidden + row * s.ld_h + s.unit, h, lanes);
+    store(gates, z);
+    store(gates + W, fma(r, q, load(gates + 2 * W)));
   }
+  for_row_groups(rows, [&](int64_t row, auto count) FMK_LAMBDA {
+    constexpr int N = decltype(count)::value;
+    const Acc<T>* gates = s.gates + row * kRow;
+    V n[N];
+    FMK_FOR (i, N) n[i] = load(gates + i * kRow + W);
+    tanh_terms(n);
+    FMK_FOR (i, N) {
+      const V fresh = divide(zero<V>() - n[i], two + n[i]);
+      if constexpr (kSave)
+        store_lanes(s.gates_kept + s.saved_rows[row + i] * 4 * H + s.unit + 2 * H, fresh, lanes);
+      const int64_t place = (row + i) * s.ld_h + s.unit;
+      const V before = load_lanes(s.from + place, lanes);
+      put_hidden(s.outputs[row + i] + s.unit, s.hidden + place,
+                 fma(load(gates + i * kRow), before - fresh, fresh), lanes);
+    }
+  });
 }
 
 template <class T>
 FMK_NOINLINE void rnn_cells(const BlockStep<T>& s, int64_t rows) {
   using V = Vec<T>;
-  constexpr int W = V::W;
-  const Acc<T>* gates = s.gates;
-  for (int64_t row = 0; row < rows; ++row, gates += 2 * W)
-    for (int vec = 0; vec < 2; ++vec) {
-      const int lanes = s.lanes(vec);
-      if (lanes == 0) break;
-      const V x = load(gates + vec * W);
-      const V h = s.relu ? max(zero<V>(), x) : tanh_by_expm1(x);
-      const int64_t unit = s.unit + vec * W;
-      put_hidden(s.outputs[row] + unit, s.hidden + row * s.ld_h + unit, h, lanes);
-    }
+  constexpr int W = V::W, kRow = 2 * W;
+  for (int vec = 0; vec < 2; ++vec) {
+    const int lanes = s.lanes(vec);
+    const int64_t unit = s.unit + vec * W;
+    if (lanes == 0) break;
+    for_row_groups(rows, [&](int64_t row, auto count) FMK_LAMBDA {
+      constexpr int N = decltype(count)::value;
+      V h[N];
+      FMK_FOR (i, N) h[i] = load(s.gates + (row + i) * kRow + vec * W);
+      if (s.relu) {
+        FMK_FOR (i, N) h[i] = max(zero<V>(), h[i]);
+      } else {
+        tanh_terms(h);
+        FMK_FOR (i, N) h[i] = divide(zero<V>() - h[i], splat_as<V>(2) + h[i]);
+      }
+      FMK_FOR (i, N)
+        put_hidden(s.outputs[row + i] + unit, s.hidden + (row + i) * s.ld_h + unit, h[i], lanes);
+    });
+  }
+}
+
+template <class T, class Blocks>
+FMK_INLINE void finish_cells(const BlockStep<T>& s, int64_t rows) {
+  if constexpr (Blocks::kGates == 4) {
+    if (s.gates_kept)
+      lstm_cells<T, true>(s, rows);
+    else
+      lstm_cells<T, false>(s, rows);
+  } else if constexpr (Blocks::kGates == 3) {
+    if (s.gates_kept)
+      gru_cells<T, true>(s, rows);
+    else
+      gru_cells<T, false>(s, rows);
+  } else {
+    rnn_cells<T>(s, rows);
+  }
 }
 
 // Mean and reciprocal standard deviation of n numbers that lie in vectors `step` apart.

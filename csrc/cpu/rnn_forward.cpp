@@ -12,47 +12,10 @@
 #include "cpu/rnn_cells.h"
 #include "cpu/rnn_lstm_variant.h"
 #include "cpu/rnn_pack.h"
+#include "cpu/rnn_tile.h"
 
 namespace fmk::FMK_ISA {
 namespace {
-
-// gates[i][:] = init[i][:] + x_i * x panel + h_i * h panel, for the rows of one tile.
-template <class M>
-struct GateOperands {
-  using Word = typename M::Word;
-  using Elem = typename M::V::Elem;
-  struct Part {
-    const Word* const* rows;
-    int64_t words;
-    const Word* panel;
-  };
-  Part parts[2];
-  const Elem* init;  // [rows][ld_init]; ld_init 0 repeats one row; null: zeros
-  int64_t ld_init;
-  Elem* gates;  // [rows][ld_gates]
-  int64_t ld_gates;
-};
-
-// kChained: the sum over the words of a row is one chain, however many rows the tile has, so that a
-// row's result does not depend on its company.
-template <class M, int MR, int NV, bool kChained>
-FMK_NOINLINE void gate_tile(const GateOperands<M>& in) {
-  using V = typename M::V;
-  V acc[kChained ? 1 : kPartialSums<MR, NV>][MR][NV];
-  clear_sums(acc);
-  for (const auto& part : in.parts)
-    if (part.words) accumulate_rows<M>(acc, part.rows, part.words, part.panel, NV * V::W);
-  add_sums(acc, in.init, in.ld_init);
-  StoreAccumulators<V>{in.gates, in.ld_gates}.run(acc[0]);
-}
-
-template <class M, int NV, bool kChained, int MR = kTileRows[NV]>
-FMK_INLINE void run_gate_tile(int rows, const GateOperands<M>& in) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return run_gate_tile<M, NV, kChained, MR - 1>(rows, in);
-  }
-  gate_tile<M, MR, NV, kChained>(in);
-}
 
 // What the members of a team share, or an item has for itself.
 template <class T>
@@ -152,12 +115,11 @@ class SequenceRun {
   int member_ = 0, members_ = 1;
 
   SharedState<T> shared_;
-  const Word<T>** hidden_rows_;  // [2][rows]
-  const Word<T>** input_rows_;   // [chunk][rows]
-  Word<T>* converted_;           // [chunk][rows][x_words], unless the input is read in place
-  Acc<T>* projected_;            // hoisted: [blocks][chunk * rows][kRow]
-  Acc<T>* gates_;                // [blocks at a time][rows][kRow]
-  T** outputs_;                  // of the rows at a step
+  EvenRows input_;      // [chunk][rows]
+  Word<T>* converted_;  // [chunk][rows][ld_x()], unless the input is read in place
+  Acc<T>* projected_;   // hoisted: [blocks][chunk * rows][kRow]
+  Acc<T>* gates_;       // [blocks at a time][rows][kRow]
+  T** outputs_;         // of the rows at a step
   T** cell_outputs_;
   int64_t* saved_rows_;
   // LSTM variants:
@@ -173,7 +135,14 @@ class SequenceRun {
                     : 1;
   }
   int64_t own_blocks() const { return (block1_ < 0 ? layout.blocks : block1_) - block0_; }
-  bool input_in_place() const { return kWordsInPlace<T> && p.shape.input_size % M::kPair == 0; }
+  // Tiles read rows that lie evenly apart, in a chunk of steps too.
+  bool input_in_place() const {
+    if (!kWordsInPlace<T> || p.shape.input_size % M::kPair != 0) return false;
+    if (rows.count == 1) return true;
+    return !rows.all.order &&
+           (chunk() == 1 || (d == 0 && p.input_strides.step == rows.count * p.input_strides.row));
+  }
+  int64_t ld_x() const { return ceil_div(layout.x_words, int64_t{W}) * W + W; }
   bool projects() const { return p.shape.output_size != p.shape.hidden_size; }
   int64_t time(int64_t step) const { return d == 0 ? step : p.shape.steps - 1 - step; }
   const T* recurrent_mask(int64_t row) const {
@@ -197,9 +166,7 @@ class SequenceRun {
   void plan(Arena& arena) {
     if (block1_ < 0) block1_ = layout.blocks;
     const int64_t n = rows.count, span = chunk() * n;
-    hidden_rows_ = arena.take<const Word<T>*>(2 * n);
-    input_rows_ = arena.take<const Word<T>*>(span);
-    converted_ = arena.take<Word<T>>(input_in_place() ? 0 : span * layout.x_words);
+    converted_ = arena.take<Word<T>>(input_in_place() ? 0 : span * ld_x());
     projected_ = arena.take<Acc<T>>(hoisted_ ? own_blocks() * span * kRow : 0);
     gates_ = arena.take<Acc<T>>((variant_ ? layout.blocks : 1) * n * kRow);
     outputs_ = arena.take<T*>(n);
@@ -218,10 +185,6 @@ class SequenceRun {
 
   void sequence(Team* team) {
     const int64_t steps = p.shape.steps, n = rows.count, span = chunk();
-    for (int side = 0; side < 2; ++side)
-      for (int64_t i = 0; i < n; ++i)
-        hidden_rows_[side * n + i] =
-            reinterpret_cast<const Word<T>*>(shared_.hidden[side] + i * shared_.ld_h);
     if (variant_) prepare_variant();
     if (member_ == 0) finish_rows(rows.active(0), n, 0);  // sequences of no steps
     int side = 0;
@@ -273,22 +236,39 @@ class SequenceRun {
            rows.index(i) * p.cell_strides.row + d * p.shape.hidden_size;
   }
 
+  const T* input_row(int64_t t, int64_t i) const {
+    return static_cast<const T*>(p.input) + t * p.input_strides.step +
+           rows.index(i) * p.input_strides.row;
+  }
   void point_at_inputs(int64_t first, int64_t count) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+    if (input_in_place()) {
+      const int64_t next_step = d == 0 ? p.input_strides.step : -p.input_strides.step;
+      const int64_t next = rows.count == 1 ? next_step : p.input_strides.row;
+      input_ = {reinterpret_cast<const char*>(input_row(time(first), 0)), next * kSize};
+      return;
+    }
+    input_ = {reinterpret_cast<const char*>(converted_),
+              ld_x() * static_cast<int64_t>(sizeof(Word<T>))};
     for (int64_t step = 0; step < count; ++step) {
       const int64_t t = time(first + step), active = rows.active(t);
-      for (int64_t i = 0; i < rows.count; ++i) {
-        const T* x = static_cast<const T*>(p.input) + t * p.input_strides.step +
-                     rows.index(i) * p.input_strides.row;
-        const int64_t place = step * rows.count + i;
-        if (input_in_place()) {
-          input_rows_[place] = reinterpret_cast<const Word<T>*>(x);
-        } else {
-          Word<T>* copy = converted_ + place * layout.x_words;
-          if (i < active) pack_rows(x, 0, 1, p.shape.input_size, copy);
-          input_rows_[place] = copy;
-        }
-      }
+      for (int64_t i = 0; i < active; ++i)
+        pack_rows(input_row(t, i), 0, 1, p.shape.input_size,
+                  converted_ + (step * rows.count + i) * ld_x());
     }
+  }
+
+  EvenRows hidden(int side) const {
+    return {reinterpret_cast<const char*>(shared_.hidden[side]),
+            shared_.ld_h * static_cast<int64_t>(sizeof(Operand<T>))};
+  }
+  // The panel that is read after this one, from its word `first` on.
+  template <int kPanel>
+  const char* next_panel(int64_t block, int64_t first) const {
+    constexpr int kNext = kPanel + 1 < Blocks::kPanels ? kPanel + 1 : 0;
+    const int64_t own = kNext > 0 ? block : block + 1 < block1_ ? block + 1 : block0_;
+    return reinterpret_cast<const char*>(layout.x_panel(packed, own, kNext) +
+                                         first * Blocks::kWidth[kNext] * W);
   }
 
   // One panel of one block for rows [0, count) of the operands, a tile at a time.
@@ -296,10 +276,13 @@ class SequenceRun {
   void panel_tiles(int64_t count, GateOperands<M> in) const {
     constexpr int NV = Blocks::kWidth[kPanel];
     const auto tiles = RowTiles::of(count, NV);
+    const int64_t row_words = in.parts[0].words + in.parts[1].words;
+    in.ahead_step = 64 * (tiles.tiles > 1 ? 1 : NV);
     for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
       const int64_t row = tiles.begin(tile);
       GateOperands<M> own = in;
-      for (auto& part : own.parts) part.rows += part.words ? row : 0;
+      for (auto& part : own.parts) part.rows.first += row * part.rows.bytes_apart;
+      own.ahead += row_words * tile * own.ahead_step;
       if (own.init) own.init += row * own.ld_init;
       own.gates += row * own.ld_gates;
       run_gate_tile<M, NV, kChained>(tiles.rows(tile), own);
@@ -332,7 +315,8 @@ class SequenceRun {
   template <int kPanel>
   void project_panel(int64_t block, int64_t count) {
     GateOperands<M> in{};
-    in.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+    in.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+    in.ahead = next_panel<kPanel>(block, 0);
     in.init = layout.bias(packed, block) + Blocks::x_position(kPanel) * W;
     in.gates = projected_ + (block - block0_) * chunk() * rows.count * kRow +
                Blocks::x_position(kPanel) * W;
@@ -347,15 +331,15 @@ class SequenceRun {
     GateOperands<M> in{};
     in.gates = gates + kH * W;
     in.ld_gates = kRow;
-    in.parts[1] = {hidden_rows_ + side * rows.count, layout.h_words,
-                   layout.h_panel(packed, block, kPanel)};
+    in.parts[1] = {hidden(side), layout.h_words, layout.h_panel(packed, block, kPanel)};
+    in.ahead = next_panel<kPanel>(block, hoisted_ ? layout.x_words : 0);
     if (p.variant.layer_norm) return panel_tiles<kPanel, false>(active, in);
     in.init = layout.bias(packed, block) + kH * W;
     if (kX == kH && hoisted_) {
       in.init = projected_ + ((block - block0_) * chunk() + index) * rows.count * kRow + kX * W;
       in.ld_init = kRow;
     } else if (kX == kH) {
-      in.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+      in.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
     }
     panel_tiles<kPanel, false>(active, in);
     if constexpr (kX != kH) {
@@ -366,7 +350,8 @@ class SequenceRun {
         for (int64_t i = 0; i < active; ++i) store(to + i * kRow, load(from + i * kRow));
       } else {
         GateOperands<M> x{};
-        x.parts[0] = {input_rows_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+        x.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
+        x.ahead = in.ahead;
         x.init = layout.bias(packed, block) + kX * W;
         x.gates = to;
         x.ld_gates = kRow;
@@ -397,7 +382,7 @@ class SequenceRun {
     }
   }
 
-  void finish_block(int64_t block, int64_t active, int side, const Acc<T>* gates) {
+  void finish_block(int64_t block, int64_t active, int side, Acc<T>* gates) {
     BlockStep<T> s;
     s.gates = gates;
     s.unit = block * Blocks::kUnitVecs * W;
@@ -413,19 +398,7 @@ class SequenceRun {
     s.cells_kept = static_cast<Acc<T>*>(p.cells);
     s.cell_outputs = p.cell_states ? cell_outputs_ : nullptr;
     s.relu = p.shape.kind == RnnKind::kRelu;
-    if constexpr (Blocks::kGates == 4) {
-      if (p.gates)
-        lstm_cells<T, true>(s, active);
-      else
-        lstm_cells<T, false>(s, active);
-    } else if constexpr (Blocks::kGates == 3) {
-      if (p.gates)
-        gru_cells<T, true>(s, active);
-      else
-        gru_cells<T, false>(s, active);
-    } else {
-      rnn_cells<T>(s, active);
-    }
+    finish_cells<T, Blocks>(s, active);
   }
 
   // --- LSTM variants ---
@@ -523,18 +496,10 @@ class SequenceRun {
   }
 };
 
-// Whether the threads should share the units instead of the rows. Does not depend on the number of
-// steps, as SequenceItems does not.
 template <class T, class Blocks>
 bool wants_team(const RnnForward& p, const PackedLayout<T, Blocks>& layout, int threads) {
-  // A quarter of L2: what a step reads besides its weights wants room too. Below kWorthABarrier
-  // bytes of weights a thread alone is as fast.
-  constexpr int64_t kResident = 256 * 1024, kWorthABarrier = 96 * 1024;
-  constexpr int64_t kEnoughRows = 24;  // to hide the weights' way from L3
-  const int64_t bytes = layout.h_bytes(), rows = p.shape.batch / threads;
-  if (threads < 2 || p.shape.directions > 1 || !is_plain(p.shape, p.variant)) return false;
-  if (layout.blocks < 2 * threads || bytes < kWorthABarrier) return false;
-  return rows < 4 || (bytes > kResident && rows < kEnoughRows);
+  return layout.blocks >= 2 * threads &&
+         shares_units(p.shape, p.variant, threads, layout.h_bytes());
 }
 
 template <class T, class Blocks>
@@ -596,6 +561,7 @@ void with_type_and_blocks(const RnnShape& shape, const Body& body) {
 }
 
 void rnn_forward(const RnnForward& p, const Parallel& pool) {
+  if (rnn_cell_forward(p, pool)) return;
   with_type_and_blocks(p.shape, [&](auto* type, auto blocks) {
     forward_typed<std::remove_pointer_t<decltype(type)>, decltype(blocks)>(p, pool);
   });

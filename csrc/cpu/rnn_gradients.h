@@ -34,6 +34,26 @@ struct SumLayout {
   }
 };
 
+// What the rows' sums are: gradients of biases and of a variant's small parameters.
+template <class T>
+FMK_NOINLINE void write_sums(const RnnShape& s, const SumLayout& l, const Acc<T>* sums,
+                             const RnnWeightGrads& out) {
+  const int64_t H = s.hidden_size;
+  const auto write = [&](int64_t from, int64_t rows, void* to) {
+    for (int64_t row = 0; to && row < rows; ++row)
+      convert(sums + from + row * l.ld, static_cast<T*>(to) + row * H, H);
+  };
+  const int gates = gates_of(s.kind);
+  write(0, gates, out.b_ih);
+  write(0, gates, out.b_hh);
+  if (s.kind == RnnKind::kGru && out.b_hh) write(3 * l.ld, 1, static_cast<T*>(out.b_hh) + 2 * H);
+  write(l.peephole, 3, out.peephole);
+  write(l.norm_ih, 4, out.norm_ih);
+  write(l.norm_hh, 4, out.norm_hh);
+  write(l.norm_c, 1, out.norm_c);
+  write(l.bias_c, 1, out.bias_c);
+}
+
 template <class V>
 FMK_INLINE void add_to(typename V::Elem* sum, V x) {
   store(sum, load(sum) + x);
@@ -43,6 +63,7 @@ FMK_INLINE void add_to(typename V::Elem* sum, V x) {
 template <class T>
 struct GradientRow {
   int64_t hidden_size, gate_step;
+  int64_t first, last;        // the units to compute
   const Acc<T>* grad_hidden;  // of the new hidden state, grad_output included
   const T* gates;
   Operand<T>* grad_gates;
@@ -64,7 +85,7 @@ FMK_NOINLINE void lstm_gradients(const GradientRow<T>& s) {
   constexpr int W = V::W;
   const V one = splat_as<V>(1);
   const int64_t H = s.hidden_size;
-  for (int64_t j = 0; j < H; j += W) {
+  for (int64_t j = s.first; j < s.last; j += W) {
     const int lanes = static_cast<int>(min_of<int64_t>(W, H - j));
     const V i = load_lanes(s.gates + j, lanes), f = load_lanes(s.gates + H + j, lanes),
             g = load_lanes(s.gates + 2 * H + j, lanes), o = load_lanes(s.gates + 3 * H + j, lanes);
@@ -91,7 +112,7 @@ FMK_NOINLINE void gru_gradients(const GradientRow<T>& s) {
   constexpr int W = V::W;
   const V one = splat_as<V>(1);
   const int64_t H = s.hidden_size;
-  for (int64_t j = 0; j < H; j += W) {
+  for (int64_t j = s.first; j < s.last; j += W) {
     const int lanes = static_cast<int>(min_of<int64_t>(W, H - j));
     const V r = load_lanes(s.gates + j, lanes), z = load_lanes(s.gates + H + j, lanes),
             n = load_lanes(s.gates + 2 * H + j, lanes), q = load_lanes(s.gates + 3 * H + j, lanes);
@@ -112,7 +133,7 @@ FMK_NOINLINE void rnn_gradients(const GradientRow<T>& s) {
   using V = Vec<T>;
   constexpr int W = V::W;
   const V one = splat_as<V>(1);
-  for (int64_t j = 0; j < s.hidden_size; j += W) {
+  for (int64_t j = s.first; j < s.last; j += W) {
     const int lanes = static_cast<int>(min_of<int64_t>(W, s.hidden_size - j));
     const V h = load_lanes(s.hidden + j, lanes), dh = load_lanes(s.grad_hidden + j, lanes);
     const V grad = s.relu ? select(less(zero<V>(), h), dh, select(is_nan(h), dh, zero<V>()))

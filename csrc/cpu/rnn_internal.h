@@ -7,6 +7,9 @@
 
 namespace fmk::FMK_ISA {
 
+// Whether this is a step that rnn_cell.cpp knows, and so has done.
+bool rnn_cell_forward(const RnnForward&, const Parallel&);
+bool rnn_step_backward(const RnnBackward&, const Parallel&);
 void rnn_backward(const RnnBackward&, const Parallel&);
 size_t rnn_backward_workspace(const RnnBackward&);
 
@@ -139,6 +142,21 @@ struct SequenceItems {
     return {order, batch * (slice + 1) / slices - first, first, 1};
   }
 };
+
+// Whether the threads should share the units of all rows, with a barrier per step, instead of the
+// rows: each then reads only its own part of the recurrent weights. Does not depend on the number
+// of steps, as SequenceItems does not.
+FMK_INLINE bool shares_units(const RnnShape& s, const LstmVariant& v, int threads,
+                             int64_t weight_bytes) {
+  // A quarter of L2: what a step reads besides its weights wants room too. Below kWorthABarrier
+  // bytes of weights a thread alone is as fast.
+  constexpr int64_t kResident = 256 * 1024, kWorthABarrier = 96 * 1024;
+  constexpr int64_t kEnoughRows = 24;  // to hide the weights' way from L3
+  if (threads < 2 || s.directions > 1 || !is_plain(s, v)) return false;
+  if (weight_bytes < kWorthABarrier) return false;
+  const int64_t rows = s.batch / threads;
+  return rows < 4 || (weight_bytes > kResident && rows < kEnoughRows);
+}
 
 // Runs body(item), all on the calling thread where the work is too little to share.
 template <class Body>

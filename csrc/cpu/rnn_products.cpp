@@ -5,17 +5,17 @@
 namespace fmk::FMK_ISA {
 namespace {
 
-// dW = dG^T X for a block of columns of dG and one or two operands X: all blocks of a direction
-// together read dG once, a chunk of rows at a time, while the sums stay in the cache: dG is the
-// largest thing there is, and panel by panel as in gemm() it would come from memory for each.
+// dW = dG^T X for a range of columns of dG and one or two operands X, a chunk of rows at a time: dG
+// is the largest thing there is, and panel by panel as in gemm() it would come from memory for
+// each. A chunk of X is packed once and meets the chunk's columns of dG block by block.
 template <class T>
 class WeightGradientRun {
  public:
   using M = Mac<T>;
   using V = Vec<T>;
 
-  // Columns of a block at most, and rows of dG in a chunk: the block's operands and sums fit into
-  // L2.
+  // Columns of a block at most, and rows of dG in a chunk: a block of dG and a panel of X stay in
+  // L2; the sums pass by once per chunk.
   static constexpr int64_t kBlockColumns = 256, kChunk = 256;
 
   // Where row (t, b) of an operand lies.
@@ -25,7 +25,7 @@ class WeightGradientRun {
     int64_t n;
     T* grad;          // [weight rows][n], or null
     Word<T>* panels;  // of the chunk's rows of X
-    Acc<T>* sums;     // [panel][columns][width]
+    Acc<T>* sums;     // [block][panel][columns of the block][width]
     const T* rows[kChunk];
   };
 
@@ -80,8 +80,14 @@ class WeightGradientRun {
   Word<T>* packed_grads_;  // [words][ld()] of the chunk
   const Operand<T>* grad_rows_[kChunk];
 
-  int64_t ld() const {
-    return ceil_div(columns, V::W) * V::W + V::W;  // + W: rows a power of two apart share L1 sets
+  int64_t blocks() const { return ceil_div(columns, kBlockColumns); }
+  int64_t first_of(int64_t block) const { return columns * block / blocks(); }
+  int64_t count_of(int64_t block) const { return first_of(block + 1) - first_of(block); }
+  Acc<T>* sums_of(const Part& part, int64_t block) const {
+    return part.sums + first_of(block) * PanelSplit<V>::of(part.n).padded_columns();
+  }
+  int64_t ld() const {  // + W: rows a power of two apart share L1 sets
+    return ceil_div(min_of(columns, kBlockColumns), V::W) * V::W + V::W;
   }
 
   void plan(Arena& arena) {
@@ -116,45 +122,64 @@ class WeightGradientRun {
       for (int part = 0; part < part_count_; ++part)
         parts_[part].rows[i] = operand_row(parts_[part].source, row);
     }
-    pack_row_pointers_as_panel(grad_rows_, column0, count, columns, ld(), packed_grads_);
     for (int index = 0; index < part_count_; ++index) {
       const Part& part = parts_[index];
       const auto split = PanelSplit<V>::of(part.n);
       for (int64_t panel = 0; panel < split.count; ++panel) {
-        const int64_t column = split.column(panel);
-        const int vecs = split.width_vecs(panel);
-        const int64_t width = vecs * V::W;
-        Word<T>* b = part.panels + column * words;
+        const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
         pack_row_pointers_as_panel(part.rows, column, count, min_of(width, part.n - column), width,
-                                   b);
-        const auto tiles = RowTiles::of(columns, vecs);
-        for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
-          const int64_t row = tiles.begin(tile);
-          Acc<T>* sums = part.sums + column * columns + row * width;
-          TileOperands<M> in;
-          in.a = packed_grads_ + row;
-          in.lda = ld();
-          in.words = words;
-          in.b = b;
-          if (!start) in.init = sums, in.ld_init = width;
-          run_tile<M, true>(tiles.rows(tile), vecs, in, StoreAccumulators<V>{sums, width});
+                                   part.panels + column * words);
+      }
+    }
+    for (int64_t block = 0; block < blocks(); ++block) {
+      pack_row_pointers_as_panel(grad_rows_, column0 + first_of(block), count, count_of(block),
+                                 ld(), packed_grads_);
+      for (int index = 0; index < part_count_; ++index)
+        add_block(parts_[index], block, words, start);
+    }
+  }
+
+  void add_block(const Part& part, int64_t block, int64_t words, bool start) const {
+    const auto split = PanelSplit<V>::of(part.n);
+    for (int64_t panel = 0; panel < split.count; ++panel) {
+      const int64_t column = split.column(panel);
+      const int vecs = split.width_vecs(panel);
+      const int64_t width = vecs * V::W;
+      const auto tiles = RowTiles::of(count_of(block), vecs);
+      for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+        const int64_t row = tiles.begin(tile);
+        Acc<T>* sums = sums_of(part, block) + column * count_of(block) + row * width;
+        TileOperands<M> in;
+        in.a = packed_grads_ + row;
+        in.lda = ld();
+        in.words = words;
+        in.b = part.panels + column * words;
+        if (!start) {
+          in.init = sums;
+          in.ld_init = width;
+          // Wanted at the end of the tile, from beyond L2.
+          for (int64_t i = 0; i < tiles.rows(tile) * vecs; ++i)
+            __builtin_prefetch(sums + i * V::W, 1);
         }
+        run_tile<M, true>(tiles.rows(tile), vecs, in, StoreAccumulators<V>{sums, width});
       }
     }
   }
 
   void write(const Part& part) const {
     const auto split = PanelSplit<V>::of(part.n);
-    for (int64_t panel = 0; panel < split.count; ++panel) {
-      const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
-      for (int64_t i = 0; i < columns; ++i) {
-        // The map counts from the first column of the whole product.
-        const int64_t row = map_.row(column0 - map_start + i);
-        if (row >= 0)
-          convert(part.sums + column * columns + i * width, part.grad + row * part.n + column,
-                  min_of(width, part.n - column));
+    for (int64_t block = 0; block < blocks(); ++block)
+      for (int64_t panel = 0; panel < split.count; ++panel) {
+        const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
+        const Acc<T>* sums = sums_of(part, block) + column * count_of(block);
+        for (int64_t i = 0; i < count_of(block); ++i) {
+          // The map counts from the first column of the whole product.
+          const int64_t row = map_.row(column0 - map_start + first_of(block) + i);
+          if (row >= 0)
+            convert(sums + i * width, part.grad + row * part.n + column,
+                    min_of(width, part.n - column));
+        }
       }
-    }
   }
 };
 
@@ -170,16 +195,16 @@ void weight_gradients(const RnnBackward& p, const BackwardWorkspace<T>& w, int64
   const bool projects = w.hr_words > 0;
   const int64_t columns = w.hh.columns();
   const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
-  const int64_t products = joint ? 1 : 2, share = ceil_div(threads, s.directions * products);
-  const int64_t blocks = ceil_div(ceil_div(columns, Run::kBlockColumns), share) * share;
-  const int64_t per_direction = products * blocks + (projects ? 1 : 0);
+  const int64_t products = joint ? 1 : 2;
+  const int64_t ranges = ceil_div(threads, s.directions * products);  // of columns, of a product
+  const int64_t per_direction = products * ranges + (projects ? 1 : 0);
   const int64_t units = s.directions * per_direction, shards = min_of(threads, units);
   const int64_t ld = w.row_length(s), direction_columns = w.gates * w.gate_step;
   parallel_for(pool, shards, [&](int64_t shard) {
     for (int64_t i = units * shard / shards; i < units * (shard + 1) / shards; ++i) {
       const int64_t d = i / per_direction, unit = i % per_direction;
       const RnnWeightGrads& out = p.grad_weights[d];
-      if (unit == products * blocks) {
+      if (unit == products * ranges) {
         const GateMap plain{s.output_size, w.projected_step, 1, {0, 0, 0, 0}};
         Run run(p, w, d, w.grad_projected, s.directions * w.projected_step, d * w.projected_step,
                 d * w.projected_step, w.projected_step, plain, rows);
@@ -187,9 +212,9 @@ void weight_gradients(const RnnBackward& p, const BackwardWorkspace<T>& w, int64
         run.run();
         continue;
       }
-      const bool of_hidden = unit >= blocks;
-      const int64_t block = unit % blocks, first = columns * block / blocks;
-      const int64_t count = columns * (block + 1) / blocks - first;
+      const bool of_hidden = unit >= ranges;
+      const int64_t range = unit % ranges, first = columns * range / ranges;
+      const int64_t count = columns * (range + 1) / ranges - first;
       const int64_t start = d * direction_columns + (of_hidden ? w.hh_first : 0);
       Run run(p, w, d, of_hidden ? w.grad_gates : w.grad_x, ld, start, start + first, count,
               of_hidden ? w.hh : w.ih, rows);

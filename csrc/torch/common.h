@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
@@ -82,10 +83,22 @@ inline void check_parameter(const OptionalTensor& tensor, const char* name, cons
   check_contiguous(*tensor, name);
 }
 
+// torch::stable::new_empty looks its operator up by name, which takes longer than allocating.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape,
                        std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  int32_t device_type, type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value()));
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i]))
+    strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               type, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 // What an operator returns in place of an output that is not wanted.
 inline Tensor nothing(const Tensor& like) { return allocate(like, {0}); }

@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "core/pages.h"
 #include "torch/common.h"
 
 namespace fmk::ops {
@@ -124,7 +125,7 @@ Sequence check_cell_step(Sequence s, const Tensor& input, const Tensor& h0, int6
 
 Sequence check_sequence(RnnKind kind, const Tensor& input, const Tensor& h0, int64_t hidden_size,
                         const OptionalTensor& lengths, bool batch_first) {
-  Sequence s;
+  Sequence s{};
   s.shape.dtype = dtype_of(input, "input");
   s.shape.kind = kind;
   check_cpu(input, "input");
@@ -243,6 +244,15 @@ SequenceStrides strides_of(const Tensor& tensor, bool batch_first) {
   return {tensor.stride(batch_first ? 1 : 0), tensor.stride(batch_first ? 0 : 1)};
 }
 
+// A large tensor that a kernel fills from end to end.
+Tensor allocate_large(const Tensor& like, const std::vector<int64_t>& shape,
+                      std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor tensor = allocate(like, shape, dtype);
+  prefer_large_pages(tensor.mutable_data_ptr(),
+                     static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  return tensor;
+}
+
 // --- forward ---
 
 // What every kind does alike; returns output and h_n, which `p` then points at.
@@ -256,8 +266,9 @@ std::tuple<Tensor, Tensor> run_forward(const Sequence& s, RnnForward& p, const T
   const RnnKernels& kernels = rnn_kernels();
   p.packed_weight = panels_of(packed_weight, header_of(s.shape, has_biases, p.variant.layer_norm),
                               kernels.packed_bytes(s.shape));
-  Tensor output = allocate(input, s.output), h_n = allocate(input, s.hidden);
+  Tensor output = allocate_large(input, s.output), h_n = allocate(input, s.hidden);
   p.shape = s.shape;
+  p.cell = input.dim() == 2;
   p.lengths = lengths_of(lengths);
   p.input = data_of(input);
   p.input_strides = s.input_strides;
@@ -295,12 +306,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> lstm_forward(
   Tensors saved;
   if (save_for_backward) {
     const ScalarType state = state_dtype(s.shape.dtype);
-    saved = {allocate(input, s.kept(4 * H)), allocate(input, s.kept(H), state)};
+    saved = {allocate_large(input, s.kept(4 * H)), allocate_large(input, s.kept(H), state)};
     p.gates = mutable_data_of(saved[0]);
     p.cells = mutable_data_of(saved[1]);
     if (layer_norm) {
       for (void** to : {&p.normed_ih, &p.normed_hh}) {
-        saved.push_back(allocate(input, s.kept(4 * H)));
+        saved.push_back(allocate_large(input, s.kept(4 * H)));
         *to = mutable_data_of(saved.back());
       }
       saved.push_back(allocate(input, s.kept(2), state));
@@ -318,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& input, const Tensor
                                                bool batch_first, bool save_for_backward) {
   const Sequence s = check_sequence(RnnKind::kGru, input, h0, -1, lengths, batch_first);
   RnnForward p{};
-  Tensor gates = allocate_if(save_for_backward, input, s.kept(4 * s.shape.hidden_size));
+  Tensor gates =
+      save_for_backward ? allocate_large(input, s.kept(4 * s.shape.hidden_size)) : nothing(input);
   p.gates = mutable_data_if(save_for_backward, gates);
   auto [output, h_n] =
       run_forward(s, p, input, h0, weights, packed_weight, lengths, has_biases, batch_first);
@@ -360,14 +372,14 @@ std::tuple<Tensor, Tensor, Tensors> run_backward(const Sequence& s, RnnBackward&
   p.h0 = data_of(h0);
   fill_weights(weights, parameters, p.weights);
   p.output = data_of(output);
-  Tensor grad_input = allocate_if(need_input, input, shape_of(input));
+  Tensor grad_input = need_input ? allocate_large(input, shape_of(input)) : nothing(input);
   Tensor grad_h0 = allocate_if(need_hx, input, s.hidden);
   p.grad_input = mutable_data_if(need_input, grad_input);
   p.grad_h0 = mutable_data_if(need_hx, grad_h0);
   Tensors gradients = allocate_gradients(weights, parameters, need_weights, p.grad_weights);
   const RnnKernels& kernels = rnn_kernels();
-  Tensor workspace =
-      allocate(input, {static_cast<int64_t>(kernels.backward_workspace(p)) + 64}, ScalarType::Byte);
+  Tensor workspace = allocate_large(
+      input, {static_cast<int64_t>(kernels.backward_workspace(p)) + 64}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(mutable_data_of(workspace));
   p.workspace = reinterpret_cast<void*>((address + 63) / 64 * 64);
   kernels.backward(p, torch_pool());

@@ -45,7 +45,7 @@ def lstm_cell(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
-    if hx is not None and (b_ih is None) == (b_hh is None):
+    if (b_ih is None) == (b_hh is None):
         weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
         result = autograd.quick_lstm_cell(input, hx, weights, packed_weight, backend)
         if result is not None:
@@ -175,7 +175,7 @@ def _check_cell(
 def _simple_cell(
     kind, input, hx, w_ih, w_hh, b_ih, b_hh, gates, extra, packed_weight, backend
 ) -> Tensor:
-    if hx is not None and (b_ih is None) == (b_hh is None):
+    if (b_ih is None) == (b_hh is None):
         weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
         result = autograd.quick_simple_cell(
             kind, input, hx, weights, packed_weight, extra, backend

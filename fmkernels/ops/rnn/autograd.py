@@ -18,7 +18,7 @@ from fmkernels._dispatch import (
     select,
 )
 from fmkernels.ops._autocast import autocast_off
-from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
 from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
 from fmkernels.ops.rnn.schema import (
     CELL_STATES,
@@ -426,6 +426,14 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return returned, computed
 
 
+_NO_MASKS = (None,) * 4
+_UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
+
+
+def _zero_state(input: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return input.new_zeros(input.size(0), weights[1].size(1))
+
+
 def _is_ordinary(
     op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
 ) -> bool:
@@ -451,22 +459,22 @@ def _is_ordinary(
 
 def quick_lstm_cell(
     input: Tensor,
-    hx: tuple[Tensor, Tensor],
+    hx: tuple[Tensor, Tensor] | None,
     weights: list[Tensor],
     packed_weight: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`lstm_cell` on unchecked arguments, or None where they want a closer look."""
     try:
-        h, c = hx
-        if needs_graph(input, h, c, *weights) or c.dtype != input.dtype:
+        h, c = (zeros := _zero_state(input, weights), zeros) if hx is None else hx
+        if c.dtype != input.dtype:
             return None
         if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
             return None
-        results = LSTM["cpu"].forward(
-            input, h, c, weights, packed_weight, None, None, None, None, len(weights) == 4,
-            *PLAIN_LSTM[1:], False, False, False,
-        )  # fmt: skip
+        options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
+        results = _lstm_layer(
+            "cpu", input, h, c, weights, packed_weight, _NO_MASKS, options, False, False
+        )
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
     return results[1], results[2]
@@ -475,23 +483,23 @@ def quick_lstm_cell(
 def quick_simple_cell(
     kind: str,
     input: Tensor,
-    h: Tensor,
+    h: Tensor | None,
     weights: list[Tensor],
     packed_weight: Tensor | None,
     extra: Extra,
     backend: str | None,
 ) -> Tensor | None:
     """:func:`simple_cell` on unchecked arguments, or None where they want a closer look."""
-    backends = _SIMPLE[kind][0]
+    backends, run_layer = _SIMPLE[kind]
     try:
-        if needs_graph(input, h, *weights):
-            return None
+        if h is None:
+            h = _zero_state(input, weights)
         if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
             return None
-        rest = (False,) if kind == "gru" else ()
-        return backends["cpu"].forward(
-            input, h, weights, packed_weight, None, *extra, len(weights) == 4, False, *rest
-        )[1]
+        has_biases = len(weights) == 4
+        return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
+            1
+        ]
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -519,12 +527,20 @@ def lstm_cell(
         weights, packed_weight = [weight.to(dtype) for weight in weights], None
     options = LSTMOptions(has_biases)
     name, _ = select("lstm_cell", LSTM, backend, input, (), options)
+    lead, drop = _time(name)
     with autocast_off(device_type):
         _, h_n, c_n, _ = _lstm_layer(
-            name, input.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, packed_weight,
-            (None,) * 4, options, False, False,
+            name, lead(input), lead(h), distinct(lead(c), h), weights, packed_weight, _NO_MASKS,
+            options, False, False,
         )  # fmt: skip
-    return h_n.squeeze(0).to(state_dtype), c_n.squeeze(0).to(state_dtype)
+    return drop(h_n).to(state_dtype), drop(c_n).to(state_dtype)
+
+
+def _time(backend: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What adds to a cell's operand the leading dimension that a backend wants, and removes it."""
+    if backend == "cpu":  # wants none
+        return (lambda tensor: tensor), (lambda tensor: tensor)
+    return (lambda tensor: tensor.unsqueeze(0)), (lambda tensor: tensor.squeeze(0))
 
 
 def simple_cell(
@@ -546,9 +562,9 @@ def simple_cell(
         input, h = input.to(dtype), h.to(dtype)
         weights, packed_weight = [weight.to(dtype) for weight in weights], None
     name, _ = select(f"{kind}_cell", backends, backend, input)
+    lead, drop = _time(name)
     with autocast_off(device_type):
         _, h_n = run_layer(
-            name, input.unsqueeze(0), h.unsqueeze(0), weights, packed_weight, None, extra,
-            has_biases, False,
-        )  # fmt: skip
-    return h_n.squeeze(0).to(state_dtype)
+            name, lead(input), lead(h), weights, packed_weight, None, extra, has_biases, False
+        )
+    return drop(h_n).to(state_dtype)

@@ -15,7 +15,7 @@ Operands of every op:
     its last step, and the second direction starts at its last step. Input past the end is not
     read.
     A cell leaves out time and direction: input ``(B, I)``, states ``(B, P)`` and ``(B, H)``, and
-    so for its results. The native forward ops take it that way; nothing else does.
+    so for its results. The native ops take it that way; nothing else does.
 Results of every op:
     output ``(T, B, D*P)`` (``(B, T, D*P)``), h_n ``(D, B, P)``, contiguous and in the input's
     dtype. An output that was not asked for is an empty tensor of shape ``(0,)``.

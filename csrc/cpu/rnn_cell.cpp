@@ -1,0 +1,480 @@
+// A single step on weights that nobody packed. There is no second step for which packing would pay,
+// so the weights are read once, where they lie: by dot products for a few rows, else as the
+// row-major operand of the tile, whose panel is then the transposed input. Threads share the units.
+#include <type_traits>
+
+#include "cpu/rnn_gradients.h"
+#include "cpu/rnn_pack.h"
+#include "cpu/rnn_tile.h"
+
+namespace fmk::FMK_ISA {
+namespace {
+
+// Pre-activations of up to kUnpackedRows rows: z[i][j] = x[i] . w[j] + h[i] . u[j].
+template <class T>
+struct DotOperands {
+  struct Part {
+    const T* x;  // [rows][ldx]
+    int64_t ldx;
+    const T* w;  // [columns][k]
+    int64_t k;
+  };
+  Part parts[2];
+};
+
+template <class T, int MR, int kColumns>
+FMK_NOINLINE void dot_gates(const DotOperands<T>& in, Acc<T>* z, int64_t ld_z) {
+  using V = Vec<T>;
+  V acc[MR][kColumns];
+  FMK_FOR (i, MR)
+    FMK_FOR (j, kColumns) acc[i][j] = zero<V>();
+  for (const auto& part : in.parts) {
+    const auto step = [&](int64_t at, int lanes) FMK_LAMBDA {
+      V x[MR];
+      FMK_FOR (i, MR) x[i] = load_lanes(part.x + i * part.ldx + at, lanes);
+      FMK_FOR (j, kColumns) {
+        const T* w = part.w + j * part.k + at;
+        // The rows after these: each is too short for the hardware to see a stream.
+        __builtin_prefetch(w + kColumns * part.k);
+        const V y = pin(load_lanes(w, lanes));
+        FMK_FOR (i, MR) acc[i][j] = fma(x[i], y, acc[i][j]);
+      }
+    };
+    int64_t at = 0;
+    for (; at + V::W <= part.k; at += V::W) step(at, V::W);
+    if (at < part.k) step(at, static_cast<int>(part.k - at));
+  }
+  FMK_FOR (i, MR)
+    FMK_FOR (j, kColumns) z[i * ld_z + j] = reduce_add(acc[i][j]);
+}
+
+template <class T, int MR>
+FMK_INLINE void dot_columns_of_gate(DotOperands<T> in, int64_t columns, Acc<T>* z, int64_t ld_z) {
+#if defined(__AVX512F__)
+  constexpr int kColumns = MR <= 2 ? 8 : 4;
+#else
+  constexpr int kColumns = MR <= 2 ? 4 : 2;
+#endif
+  const auto next = [&](int64_t count) FMK_LAMBDA {
+    for (auto& part : in.parts) part.w += count * part.k;
+  };
+  int64_t j = 0;
+  for (; j + kColumns <= columns; j += kColumns, next(kColumns))
+    dot_gates<T, MR, kColumns>(in, z + j, ld_z);
+  for (; j < columns; ++j, next(1)) dot_gates<T, MR, 1>(in, z + j, ld_z);
+}
+
+// to[c][r] = from[r][c] + shift[r] for a block of W x W.
+template <class V>
+FMK_NOINLINE void transpose_block(const typename V::Elem* from, int64_t ld,
+                                  const typename V::Elem* shift, typename V::Elem* to,
+                                  int64_t ld_to) {
+#if defined(__AVX512F__)
+  if constexpr (V::W == 16) {
+    transpose_16x16(from, ld, to, ld_to);
+    const V added = load(shift);
+    for (int c = 0; c < V::W; ++c) store(to + c * ld_to, load(to + c * ld_to) + added);
+    return;
+  }
+#endif
+  for (int c = 0; c < V::W; ++c)
+    for (int r = 0; r < V::W; ++r) to[c * ld_to + r] = from[r * ld + c] + shift[r];
+}
+
+// One step of a range of blocks of units (rnn_pack.h), for all rows.
+template <class T, class Blocks>
+class CellRun {
+ public:
+  using V = Vec<T>;
+  using M = Mac<T>;
+  static constexpr int W = V::W;
+  static constexpr int64_t kRow = Blocks::kPositions * W;
+  static constexpr int64_t kBlockUnits = Blocks::kUnitVecs * W;
+
+  FMK_LAMBDA CellRun(const RnnForward& problem, int64_t first_block, int64_t last_block)
+      : p(problem),
+        weights(problem.weights[0]),
+        rows(problem.shape.batch),
+        units(problem.shape.hidden_size),
+        block0(first_block),
+        block1(last_block) {}
+
+  void run() {
+    Arena sizes{nullptr};
+    plan(sizes);
+    Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
+    plan(arena);
+    for (int64_t i = 0; i < rows; ++i) {
+      outputs_[i] = static_cast<T*>(p.output) + i * p.output_strides.row;
+      if (p.cell_states) cell_outputs_[i] = static_cast<T*>(p.cell_states) + i * p.cell_strides.row;
+      saved_rows_[i] = i;
+    }
+    if (rows > kUnpackedRows) transpose_operands();
+    for (int64_t block = block0; block < block1; ++block) {
+      if (rows > kUnpackedRows)
+        by_tiles(block);
+      else
+        by_dot_products(block);
+      finish(block);
+    }
+  }
+
+ private:
+  const RnnForward& p;
+  const RnnWeights& weights;
+  const int64_t rows, units, block0, block1;
+  Acc<T>* gates_;       // [rows, to whole vectors][kRow] of a block
+  Acc<T>* c_;           // [rows][W] of a block
+  Acc<T>* transposed_;  // [W][tile columns]
+  Word<T>*x_panels_, *h_panels_;
+  T **outputs_, **cell_outputs_;
+  int64_t* saved_rows_;
+
+  static constexpr int kVecs = 2;  // of rows in a panel: the widest tile that run_gate_tile knows
+  int64_t row_vecs() const { return ceil_div(rows, int64_t{W}); }
+
+  void plan(Arena& arena) {
+    const bool tiles = rows > kUnpackedRows;
+    gates_ = arena.take<Acc<T>>(row_vecs() * W * kRow);
+    c_ = arena.take<Acc<T>>(rows * W);
+    transposed_ = arena.take<Acc<T>>(W * kVecs * W);
+    x_panels_ = arena.take<Word<T>>(tiles ? row_vecs() * W * p.shape.input_size : 0);
+    h_panels_ = arena.take<Word<T>>(tiles ? row_vecs() * W * p.shape.output_size : 0);
+    outputs_ = arena.take<T*>(rows);
+    cell_outputs_ = arena.take<T*>(rows);
+    saved_rows_ = arena.take<int64_t>(rows);
+  }
+
+  // Which part of the step a position holds; GRU's third is of x alone, its fourth of h.
+  static constexpr bool kGru = Blocks::kGates == 3;
+  FMK_INLINE constexpr bool reads_x(int position) { return !kGru || position != 3; }
+  FMK_INLINE constexpr bool reads_h(int position) { return !kGru || position != 2; }
+  int64_t weight_row(int64_t block, int position) const {
+    if (Blocks::kGates == 1) return block * kBlockUnits + position * W;
+    return min_of(position, Blocks::kGates - 1) * units + block * W;
+  }
+  // Units of a position of a block; the second vector of an RNN's last block may have none.
+  int64_t units_of(int64_t block, int position) const {
+    const int64_t first = block * kBlockUnits + (Blocks::kGates == 1 ? position * W : 0);
+    return max_of<int64_t>(0, min_of<int64_t>(W, units - first));
+  }
+  void bias_of(int64_t block, int position, Acc<T>* to) const {
+    const int64_t row = weight_row(block, position), count = units_of(block, position);
+    const auto *x = static_cast<const T*>(weights.b_ih), *h = static_cast<const T*>(weights.b_hh);
+    for (int64_t j = 0; j < W; ++j) {
+      to[j] = 0;
+      if (!x || j >= count) continue;
+      if (reads_x(position)) to[j] += x[row + j];
+      if (reads_h(position)) to[j] += h[row + j];
+    }
+  }
+  const T* input_row(int64_t i) const {
+    return static_cast<const T*>(p.input) + i * p.input_strides.row;
+  }
+  const T* x_weight(int64_t row) const {
+    return static_cast<const T*>(weights.w_ih) + row * p.shape.input_size;
+  }
+  const T* h_weight(int64_t row) const {
+    return static_cast<const T*>(weights.w_hh) + row * p.shape.output_size;
+  }
+
+  void by_dot_products(int64_t block) {
+    const int64_t I = p.shape.input_size, H = p.shape.output_size;
+    for (int position = 0; position < Blocks::kPositions; ++position) {
+      const int64_t row = weight_row(block, position), columns = units_of(block, position);
+      Acc<T>* z = gates_ + position * W;
+      DotOperands<T> in{};
+      if (reads_x(position)) in.parts[0] = {input_row(0), p.input_strides.row, x_weight(row), I};
+      if (reads_h(position)) in.parts[1] = {static_cast<const T*>(p.h0), H, h_weight(row), H};
+      switch (rows) {
+        case 1: dot_columns_of_gate<T, 1>(in, columns, z, kRow); break;
+        case 2: dot_columns_of_gate<T, 2>(in, columns, z, kRow); break;
+        case 3: dot_columns_of_gate<T, 3>(in, columns, z, kRow); break;
+        case 4: dot_columns_of_gate<T, 4>(in, columns, z, kRow); break;
+      }
+      alignas(64) Acc<T> bias[W];
+      bias_of(block, position, bias);
+      for (int64_t i = 0; i < rows; ++i) {
+        Acc<T>* row_gates = z + i * kRow;
+        store(row_gates, load_lanes(row_gates, static_cast<int>(columns)) + load(bias));
+      }
+    }
+  }
+
+  // Panels of kVecs vectors of rows, one after the other.
+  void transpose_operands() {
+    const int64_t I = p.shape.input_size, H = p.shape.output_size;
+    for (int64_t vec = 0; vec < row_vecs(); vec += kVecs) {
+      const int64_t row = vec * W, width = min_of<int64_t>(kVecs, row_vecs() - vec) * W;
+      const int64_t count = min_of(width, rows - row);
+      pack_columns_as_panel(input_row(row), p.input_strides.row, I, count, width,
+                            x_panels_ + row * I);
+      pack_columns_as_panel(static_cast<const T*>(p.h0) + row * H, H, H, count, width,
+                            h_panels_ + row * H);
+    }
+  }
+
+  void by_tiles(int64_t block) {
+    for (int position = 0; position < Blocks::kPositions; ++position) {
+      const int64_t count = units_of(block, position);
+      if (count == 0) continue;
+      alignas(64) Acc<T> bias[W];
+      bias_of(block, position, bias);
+      for (int64_t vec = 0; vec < row_vecs(); vec += kVecs) {
+        const int vecs = static_cast<int>(min_of<int64_t>(kVecs, row_vecs() - vec));
+        if (vecs == 2)
+          panel_tiles<2>(weight_row(block, position), count, position, vec * W);
+        else
+          panel_tiles<1>(weight_row(block, position), count, position, vec * W);
+        for (int i = 0; i < vecs; ++i)
+          transpose_block<V>(transposed_ + i * W, vecs * W, bias,
+                             gates_ + (vec + i) * W * kRow + position * W, kRow);
+      }
+    }
+  }
+
+  // transposed_[unit][row] for `count` rows of the weights and a panel of rows from `first` on.
+  template <int NV>
+  void panel_tiles(int64_t weight, int64_t count, int position, int64_t first) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+    const int64_t I = p.shape.input_size, H = p.shape.output_size;
+    const auto tiles = RowTiles::of(count, NV);
+    for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+      const int64_t row = tiles.begin(tile);
+      GateOperands<M> in{};
+      if (reads_x(position))
+        in.parts[0] = {{reinterpret_cast<const char*>(x_weight(weight + row)), I * kSize},
+                       I,
+                       x_panels_ + first * I};
+      if (reads_h(position))
+        in.parts[1] = {{reinterpret_cast<const char*>(h_weight(weight + row)), H * kSize},
+                       H,
+                       h_panels_ + first * H};
+      in.gates = transposed_ + row * NV * W;
+      in.ld_gates = NV * W;
+      // The weights' rows that follow; the panel stays in the cache.
+      in.ahead = in.parts[reads_x(position) ? 0 : 1].rows.first +
+                 tiles.rows(tile) * (reads_x(position) ? I : H) * kSize;
+      in.ahead_step = 64;
+      run_gate_tile<M, NV, false>(tiles.rows(tile), in);
+    }
+  }
+
+  void finish(int64_t block) {
+    const int64_t unit = block * kBlockUnits, H = units;
+    const int64_t lanes = min_of<int64_t>(W, H - unit);
+    const bool lstm = Blocks::kGates == 4;
+    if (lstm)
+      for (int64_t i = 0; i < rows; ++i)
+        load_cell_row<T>(p.c0, p.wide_cell, i * H + unit, lanes, c_ + i * W);
+    BlockStep<T> s{};
+    s.gates = gates_;
+    s.unit = unit;
+    s.hidden_size = H;
+    s.c = c_ - unit;
+    s.ld_c = W;
+    s.from = static_cast<const T*>(p.h0);
+    s.hidden = static_cast<T*>(p.h_n);
+    s.ld_h = H;
+    s.outputs = outputs_;
+    s.saved_rows = saved_rows_;
+    s.gates_kept = static_cast<T*>(p.gates);
+    s.cells_kept = static_cast<Acc<T>*>(p.cells);
+    s.cell_outputs = p.cell_states ? cell_outputs_ : nullptr;
+    s.relu = p.shape.kind == RnnKind::kRelu;
+    finish_cells<T, Blocks>(s, rows);
+    if (lstm)
+      for (int64_t i = 0; i < rows; ++i)
+        store_cell_row<T>(c_ + i * W, lanes, p.wide_cell, i * H + unit, p.c_n);
+  }
+};
+
+template <class T, class Blocks>
+void cell_forward(const RnnForward& p, const Parallel& pool) {
+  const RnnShape& s = p.shape;
+  const int64_t blocks = ceil_div(s.hidden_size, int64_t{Blocks::kUnitVecs * Vec<T>::W});
+  const int64_t bytes = gates_of(s.kind) * s.hidden_size * (s.input_size + s.output_size) *
+                        static_cast<int64_t>(sizeof(T));
+  const bool serial = rnn_flops(s) < kSerialFlops && bytes < kSerialBytes;
+  const int64_t shards = serial ? 1 : min_of<int64_t>(pool.threads, blocks);
+  parallel_for(pool, shards, [&](int64_t shard) {
+    CellRun<T, Blocks>(p, blocks * shard / shards, blocks * (shard + 1) / shards).run();
+  });
+}
+
+// The gradients of a single step: dG is complete at once, and all products are plain ones.
+template <class T>
+class StepGradients {
+ public:
+  using V = Vec<T>;
+
+  FMK_LAMBDA StepGradients(const RnnBackward& problem, const Parallel& threads)
+      : p(problem),
+        pool(threads),
+        rows(problem.shape.batch),
+        units(problem.shape.hidden_size),
+        inputs(problem.shape.input_size),
+        gru(problem.shape.kind == RnnKind::kGru),
+        layout_(SumLayout::of(problem.shape, problem.variant, V::W)) {}
+
+  void run() {
+    Arena sizes{nullptr};
+    plan(sizes);
+    Arena arena{static_cast<char*>(scratch_bytes(Scratch::kCall, sizes.used))};
+    plan(arena);
+    for (int64_t i = 0; i < layout_.size; ++i) sums_[i] = 0;
+    for (int64_t i = 0; i < rows; ++i) one_row(i);
+    write_sums<T>(p.shape, layout_, sums_, p.grad_weights[0]);
+    const RnnWeights& weights = p.weights[0];
+    const RnnWeightGrads& grads = p.grad_weights[0];
+    // Columns of dG: GRU n, r, z, n * r, else as the rows of the weights.
+    const int64_t gates = gates_of(p.shape.kind) * units, hidden = gru ? units : 0;
+    const auto* h0 = static_cast<const T*>(p.h0);
+    const auto* x = static_cast<const T*>(p.input);
+    const auto* w_ih = static_cast<const T*>(weights.w_ih);
+    const T* before = gru ? carried_ : nullptr;
+    through(hidden, gates, static_cast<const T*>(weights.w_hh), units, before, p.grad_h0);
+    of_weight(hidden, gates, h0, units, units, grads.w_hh, 0);
+    if (!gru) {
+      through(0, gates, w_ih, inputs, nullptr, p.grad_input);
+      of_weight(0, gates, x, p.input_strides.row, inputs, grads.w_ih, 0);
+      return;
+    }
+    const auto* sum = static_cast<const T*>(p.grad_input);
+    through(units, 2 * units, w_ih, inputs, nullptr, p.grad_input);
+    through(0, units, w_ih + 2 * units * inputs, inputs, sum, p.grad_input);
+    of_weight(units, 2 * units, x, p.input_strides.row, inputs, grads.w_ih, 0);
+    of_weight(0, units, x, p.input_strides.row, inputs, grads.w_ih, 2 * units);
+  }
+
+ private:
+  const RnnBackward& p;
+  const Parallel& pool;
+  const int64_t rows, units, inputs;
+  const bool gru;
+  const SumLayout layout_;
+  T* grad_gates_;  // dG: [rows][layout_.gates * units]
+  T* carried_;     // GRU: what of the gradient goes on past the gates, [rows][units]
+  Acc<T>*sums_, *grad_hidden_, *grad_cell_, *first_cell_;  // of a row, but for the sums
+
+  int64_t ld() const { return layout_.gates * units; }
+
+  void plan(Arena& arena) {
+    const int64_t padded = layout_.ld;
+    grad_gates_ = arena.take<T>(rows * ld());
+    carried_ = arena.take<T>(gru ? rows * units + V::W : 0);
+    sums_ = arena.take<Acc<T>>(layout_.size);
+    grad_hidden_ = arena.take<Acc<T>>(padded);
+    grad_cell_ = arena.take<Acc<T>>(padded);
+    first_cell_ = arena.take<Acc<T>>(padded);
+  }
+
+  void one_row(int64_t i) {
+    const int64_t H = units, first = i * H;
+    const auto *of_output = static_cast<const T*>(p.grad_output) + first,
+               *of_state = static_cast<const T*>(p.grad_h_n) + first;
+    for (int64_t j = 0; j < H; ++j) grad_hidden_[j] = of_output[j] + of_state[j];
+    GradientRow<T> g{};
+    g.hidden_size = g.gate_step = g.last = H;
+    g.grad_hidden = grad_hidden_;
+    g.gates = static_cast<const T*>(p.gates) + 4 * first;
+    g.grad_gates = grad_gates_ + i * ld();
+    g.sums = sums_;
+    g.ld_sums = layout_.ld;
+    if (p.shape.kind == RnnKind::kLstm) {
+      for (Acc<T>* row : {grad_cell_, first_cell_})
+        for (int64_t j = H; j < layout_.ld; ++j) row[j] = 0;
+      load_cell_row<T>(p.grad_c_n, p.wide_cell, first, H, grad_cell_);
+      load_cell_row<T>(p.c0, p.wide_cell, first, H, first_cell_);
+      g.cells = static_cast<const Acc<T>*>(p.cells) + first;
+      g.before = first_cell_;
+      g.grad_cell = grad_cell_;
+      if (p.grad_cells) g.grad_cell_output = static_cast<const T*>(p.grad_cells) + first;
+      lstm_gradients(g);
+      if (p.grad_c0) store_cell_row<T>(grad_cell_, H, p.wide_cell, first, p.grad_c0);
+      return;
+    }
+    g.hidden = static_cast<const T*>(p.output) + first;
+    g.hidden_before = static_cast<const T*>(p.h0) + first;
+    g.relu = p.shape.kind == RnnKind::kRelu;
+    g.carried = carried_ + first;  // rows are written in order, each past its end
+    if (gru)
+      gru_gradients(g);
+    else
+      rnn_gradients(g);
+  }
+
+  // to[rows][n] = add + dG[:, column : column + count] w.
+  void through(int64_t column, int64_t count, const T* w, int64_t n, const T* add, void* to) const {
+    if (!to) return;
+    GemmProblem<T> g;
+    g.m = rows;
+    g.n = n;
+    g.k = count;
+    g.a = grad_gates_ + column;
+    g.lda = ld();
+    g.b = w;
+    g.ldb = n;
+    g.epilogue.out = static_cast<T*>(to);
+    g.epilogue.ld_out = n;
+    g.epilogue.residual = add;
+    g.epilogue.ld_residual = n;
+    gemm(g, pool);
+  }
+
+  // Rows [row, row + count) of to[][n] = dG[:, column : column + count]^T x.
+  void of_weight(int64_t column, int64_t count, const T* x, int64_t ldx, int64_t n, void* to,
+                 int64_t row) const {
+    if (!to) return;
+    GemmProblem<T> g;
+    g.m = count;
+    g.n = n;
+    g.k = rows;
+    g.a = grad_gates_ + column;
+    g.lda = ld();
+    g.a_reduction_major = true;
+    g.b = x;
+    g.ldb = ldx;
+    g.epilogue.out = static_cast<T*>(to) + row * n;
+    g.epilogue.ld_out = n;
+    gemm(g, pool);
+  }
+};
+
+}  // namespace
+
+bool rnn_step_backward(const RnnBackward& p, const Parallel& pool) {
+  if (p.shape.steps != 1 || p.shape.batch == 0 || p.shape.directions != 1 || p.lengths ||
+      !is_plain(p.shape, p.variant))
+    return false;
+  bool done = true;
+  with_type(p.shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (kWordsInPlace<T> && Mac<T>::kPair == 1)
+      StepGradients<T>(p, pool).run();
+    else
+      done = false;
+  });
+  return done;
+}
+
+bool rnn_cell_forward(const RnnForward& p, const Parallel& pool) {
+  if (!p.cell || p.shape.directions != 1 || p.lengths || !is_plain(p.shape, p.variant))
+    return false;
+  bool done = true;
+  with_type(p.shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (kWordsInPlace<T> && Mac<T>::kPair == 1) {
+      switch (p.shape.kind) {
+        case RnnKind::kLstm: return cell_forward<T, LstmBlocks>(p, pool);
+        case RnnKind::kGru: return cell_forward<T, GruBlocks>(p, pool);
+        default: return cell_forward<T, RnnBlocks>(p, pool);
+      }
+    } else {
+      done = false;
+    }
+  });
+  return done;
+}
+
+}  // namespace fmk::FMK_ISA

@@ -1,0 +1,109 @@
+"""Single steps on weights that are not packed; backward passes whose threads share the units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fmkernels.functional as FF
+import fmkernels.nn as fnn
+from fmkernels import _native, testing
+
+pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="without the native library")
+
+CELLS = {
+    "lstm": (FF.lstm_cell, torch._VF.lstm_cell, 4),
+    "gru": (FF.gru_cell, torch._VF.gru_cell, 3),
+    "rnn_tanh": (FF.rnn_tanh_cell, torch._VF.rnn_tanh_cell, 1),
+    "rnn_relu": (FF.rnn_relu_cell, torch._VF.rnn_relu_cell, 1),
+}
+LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
+threads = pytest.mark.parametrize("threads", [1, 2])
+
+
+@pytest.fixture
+def use_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Up to 4 rows are dot products, more are columns of a tile: one vector of them, two, a second
+# panel. Units: within a vector, and a second one that is not full.
+@threads
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=testing.dtype_name)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 17, 33, 70])
+@pytest.mark.parametrize(("features", "hidden"), [(7, 3), (33, 16), (19, 40), (300, 200)])
+def test_cell(kind, dtype, batch, features, hidden, threads, use_threads):
+    use_threads(threads)
+    ours, theirs, gates = CELLS[kind]
+    std = hidden**-0.5
+
+    def make(*shape, **options):
+        if kind == "rnn_relu":  # sums of integers are exact: no rounding crosses its corner
+            return testing.integers(*shape, dtype=dtype, low=-1, high=1)
+        return testing.normal(*shape, dtype=dtype, **options)
+
+    arguments = {
+        "input": make(batch, features + 2)[:, 1:-1],
+        "h": make(batch, hidden),
+        "c": make(batch, hidden),
+        "w_ih": make(gates * hidden, features, std=std),
+        "w_hh": make(gates * hidden, hidden, std=std),
+        "b_ih": make(gates * hidden, std=std),
+        "b_hh": make(gates * hidden, std=std),
+    }
+    if kind != "lstm":
+        del arguments["c"]
+
+    def run(cell, **options):
+        def call(input, h, c=None, **weights):
+            state = h if c is None else (h, c)
+            return cell(input, state, *weights.values(), **options)
+
+        return call
+
+    testing.compare(run(ours, backend="cpu"), run(theirs), arguments)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_step_of_a_layer(kind):
+    """Its backward is a cell's, with every gradient that a layer can receive."""
+    torch.manual_seed(0)
+    theirs = LAYERS[kind](13, 37)
+    ours = getattr(fnn, type(theirs).__name__).from_torch(theirs, backend="cpu")
+    arguments = {"input": testing.normal(1, 6, 13), "h": testing.normal(1, 6, 37)}
+    if kind == "lstm":
+        arguments["c"] = testing.normal(1, 6, 37)
+    parameters = dict(theirs.named_parameters())
+
+    def run(layer):
+        def call(input, h, c=None, **weights):
+            state = h if c is None else (h, c)
+            output, final = torch.func.functional_call(layer, weights, (input, state))
+            return (output, *final) if isinstance(final, tuple) else (output, final)
+
+        return call
+
+    testing.compare(run(ours), run(theirs), arguments | parameters)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("batch", [1, 3, 12])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_threads_that_share_units_agree_with_one(kind, batch, with_lengths, use_threads):
+    layer = getattr(fnn, type(LAYERS[kind](1, 1)).__name__)(50, 200, backend="cpu")
+    lengths = torch.arange(batch) % 9 + 1 if with_lengths else None
+    input = testing.normal(9, batch, 50)
+
+    def gradients(count):
+        use_threads(count)
+        leaf = input.clone().requires_grad_()
+        output, final = layer(leaf, lengths=lengths)
+        finals = final if isinstance(final, tuple) else (final,)
+        loss = sum((value * value).sum() for value in (output, *finals))
+        return output, *torch.autograd.grad(loss, [leaf, *layer.parameters()])
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5 * one.abs().max().item())
