@@ -62,6 +62,7 @@ class TestPieces:
         ("what", "message"),
         [
             ("divergent barrier", "deadlock: .* barriers that others never reach"),
+            ("different barriers", "wait at different barriers, in lines"),
             ("divergent shuffle", "deadlock: .* barriers that others never reach"),
             ("endless wait", "a store that never comes"),
             ("misaligned vector", "misaligned vector access"),
@@ -173,7 +174,7 @@ MUTANTS = {
         "if (threadIdx.x < 64) __syncthreads();",
         "plain",
         "test_cuda_conv.py::test_3x3",
-        "barriers that others never reach|error .* against float64",
+        "wait at different barriers",
     ),
     "load past the end of a row": (
         "depthwise_tile.cuh",

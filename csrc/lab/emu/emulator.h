@@ -66,7 +66,9 @@ Device device();
 Thread& self();
 Dim3 block_size();
 Dim3 grid_size();
-void block_barrier();
+// `line` tells one barrier of a kernel from another: all threads of a block have to meet at the
+// same.
+void block_barrier(int line);
 void warp_barrier();
 // Called in a loop that waits for another thread's store.
 void spin();
@@ -120,7 +122,7 @@ V atomic_add(V* address, V value) {
 #define blockDim (::fmk::emu::block_size())
 #define gridDim (::fmk::emu::grid_size())
 
-inline void __syncthreads() { fmk::emu::block_barrier(); }
+inline void __syncthreads(int line = __builtin_LINE()) { fmk::emu::block_barrier(line); }
 inline void __syncwarp() { fmk::emu::warp_barrier(); }
 inline void __threadfence() {}  // the atomics that follow one order memory themselves
 

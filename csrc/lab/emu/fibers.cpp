@@ -62,6 +62,7 @@ struct Fiber {
 // A barrier that lets its threads go when all have come.
 struct Barrier {
   std::vector<Fiber*> waiting;
+  int line = 0;  // of the kernel's source, where the waiting ones came from
 };
 
 class Scheduler {
@@ -74,7 +75,7 @@ class Scheduler {
   }
 
   void run(std::vector<std::unique_ptr<Block>>& blocks);
-  void wait(Barrier& barrier, unsigned expected);
+  void wait(Barrier& barrier, unsigned expected, int line = 0);
   void spin();
   void enter();
   void record_failure(const std::string& message) {
@@ -172,7 +173,12 @@ void Scheduler::enter() {
   suspend();
 }
 
-void Scheduler::wait(Barrier& barrier, unsigned expected) {
+void Scheduler::wait(Barrier& barrier, unsigned expected, int line) {
+  if (!barrier.waiting.empty() && barrier.line != line) {
+    fail("threads of a block wait at different barriers, in lines " + std::to_string(barrier.line) +
+         " and " + std::to_string(line));
+  }
+  barrier.line = line;
   barrier.waiting.push_back(current_);
   if (barrier.waiting.size() == expected) {
     ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
@@ -231,7 +237,9 @@ void Scheduler::run(std::vector<std::unique_ptr<Block>>& blocks) {
 }  // namespace
 
 Thread& self() { return scheduler->current()->thread; }
-void block_barrier() { scheduler->wait(scheduler->block_barrier(), self().block->threads); }
+void block_barrier(int line) {
+  scheduler->wait(scheduler->block_barrier(), self().block->threads, line);
+}
 void warp_barrier() { scheduler->wait(scheduler->warp_barrier(), kWarpSize); }
 void spin() { scheduler->spin(); }
 void fail(const std::string& message) { throw std::runtime_error(message); }

@@ -141,6 +141,14 @@ void broken(std::string what) {
     launch(one_block, [] {
       if (threadIdx.x < 40) __syncthreads();
     });
+  } else if (what == "different barriers") {
+    launch(one_block, [] {
+      if (threadIdx.x < 40) {
+        __syncthreads();
+      } else {
+        __syncthreads();
+      }
+    });
   } else if (what == "divergent shuffle") {
     launch(one_block, [] {
       if (threadIdx.x != 3) __shfl_xor_sync(cuda::kFullWarp, 1.0f, 1);

@@ -52,7 +52,7 @@ void* thread_main(void* argument) {
 }  // namespace
 
 Thread& self() { return current; }
-void block_barrier() { current_block->all.wait(); }
+void block_barrier(int) { current_block->all.wait(); }
 void warp_barrier() { current_block->warps[current.rank / kWarpSize]->wait(); }
 void spin() { sched_yield(); }
 
