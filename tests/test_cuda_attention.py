@@ -119,7 +119,10 @@ def test_heads(dtype, query_heads, kv_heads):
 
 @dtypes
 @pytest.mark.parametrize("length", [1, 15, 16, 31, 63, 64, 65, 129, 300])
-def test_lengths_around_tiles(dtype, length):
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_lengths_around_tiles(dtype, length, multiprocessors, monkeypatch):
+    """One block that goes from tile to tile, and a block for each."""
+    monkeypatch.setenv("FMK_EMU_MULTIPROCESSORS", str(multiprocessors))
     check(dtype, [length], query_heads=2, capacity=310)
 
 

@@ -54,9 +54,10 @@ class TestPieces:
     def test_shared_memory_starts_as_nan(self):
         assert pieces.fresh_shared(torch.zeros(1)).isnan().all()
 
-    def test_asynchronous_copies_land_when_waited_for(self):
-        early, late = pieces.asynchronous_copy(torch.zeros(1))
-        assert early.isnan() and late == 1
+    def test_asynchronous_copies_land_sooner_or_later(self):
+        early, late = pieces.asynchronous_copies(torch.zeros(1), 100).view(2, 100, 4)
+        assert 25 < (early == 1).all(dim=1).sum() < 75
+        assert (early.isnan() | (early == 1)).all() and (late == 1).all()
 
     @pytest.mark.parametrize(
         ("what", "message"),
@@ -120,7 +121,8 @@ def test_kernels_under_address_and_undefined_sanitizers(emulator):
 
 @pytest.mark.slow
 def test_small_cases_under_thread_sanitizer(emulator):
-    done = run_tests("thread", emulator.build("thread"), *SMALL)
+    # float16 takes the way of bfloat16.
+    done = run_tests("thread", emulator.build("thread"), *SMALL, "-k", "not -float16")
     report = done.stdout + done.stderr
     assert done.returncode == 0 and "ThreadSanitizer" not in report, report[-6000:]
 
@@ -176,6 +178,14 @@ MUTANTS = {
         "test_cuda_conv.py::test_3x3",
         "wait at different barriers",
     ),
+    "tile overwritten while it is read": (
+        "depthwise_grad_weight.cu",
+        "__syncthreads();  // the tile before has been used",
+        "",
+        "plain",
+        "test_cuda_conv.py::test_weight_gradient_over_splits",
+        "error .* against float64",
+    ),
     "load past the end of a row": (
         "depthwise_tile.cuh",
         "if (row_inside && c >= 0 && c < shape.width) values[k]",
@@ -198,7 +208,7 @@ MUTANTS = {
         "valid = key <= end &&",
         "plain",
         "test_cuda_attention.py::test_lengths_around_tiles",
-        "error nan against float64",
+        "error inf against float64",
     ),
     "copy not waited for": (
         "attention_decode.cu",

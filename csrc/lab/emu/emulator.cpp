@@ -2,6 +2,7 @@
 #include "lab/emu/emulator.h"
 
 #include <new>
+#include <random>
 #include <stdexcept>
 
 #include "lab/emu/scheduler.h"
@@ -30,6 +31,8 @@ void perform(const PendingCopies::Copy& copy) {
 }
 
 }  // namespace
+
+unsigned seed() { return static_cast<unsigned>(from_environment("FMK_EMU_SEED", 0)); }
 
 Poisoned::Poisoned(size_t bytes) : data_(allocate(bytes), &std::free) {
   std::memset(data_.get(), 0xff, bytes);
@@ -93,7 +96,16 @@ const LaneData* warp_share(const LaneData& mine) {
 void copy_async(void* destination, const void* source, size_t size, size_t bytes) {
   check_aligned(destination, size);
   if (bytes != 0) check_aligned(source, size);
-  self().copies->groups.back().push_back({destination, source, size, bytes});
+  PendingCopies& copies = *self().copies;
+  const PendingCopies::Copy copy{destination, source, size, bytes};
+  // Half of them land at once and half when they must, so that both a missing wait and a barrier
+  // missing before the memory's next use show.
+  std::minstd_rand random(1 + self().rank + 1024 * copies.issued++ + seed());
+  if (random() / 256 % 2 == 0) {
+    perform(copy);
+  } else {
+    copies.groups.back().push_back(copy);
+  }
 }
 
 void copy_async_commit() { self().copies->groups.emplace_back(); }

@@ -7,9 +7,9 @@
 //   threads.cpp  one OS thread per CUDA thread, for ThreadSanitizer on small cases.
 //
 // What it adds to a plain run: shared memory starts as NaN and is allocated to the byte, so that
-// AddressSanitizer sees its ends; misaligned vector accesses fail; asynchronous copies land as late
-// as the kernel allows, so that a missing wait reads NaN. What it cannot show: bank conflicts,
-// weak memory ordering, register pressure, speed.
+// AddressSanitizer sees its ends; misaligned vector accesses fail; of the asynchronous copies some
+// land at once and some as late as the kernel allows, so that a missing wait reads NaN. What it
+// cannot show: bank conflicts, weak memory ordering, register pressure, speed.
 #pragma once
 
 #include <array>
@@ -83,8 +83,8 @@ void* static_shared(const void* key, size_t bytes);
 using LaneData = std::array<uint32_t, 8>;
 const LaneData* warp_share(const LaneData& mine);
 
-// cp.async: `bytes` of `source` (fewer than `size`: the rest becomes zero) go to `destination` when
-// a wait demands it.
+// cp.async: `bytes` of `source` (fewer than `size`: the rest becomes zero) go to `destination`, at
+// once or when a wait demands it.
 void copy_async(void* destination, const void* source, size_t size, size_t bytes);
 void copy_async_commit();
 void copy_async_wait(unsigned groups_left);

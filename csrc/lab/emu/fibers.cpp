@@ -88,10 +88,6 @@ class Scheduler {
   }
 
  private:
-  static unsigned seed() {
-    const char* text = std::getenv("FMK_EMU_SEED");
-    return text == nullptr ? 0 : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
-  }
   // Fibers never return from their first function, so AddressSanitizer has notes of their frames,
   // which must not outlive the memory.
   void forget_frames() {

@@ -115,19 +115,19 @@ Tensor fresh_shared(const Tensor& like) {
   return result;
 }
 
-// A 16-byte copy of ones, read with and without waiting for it.
-Tensor asynchronous_copy(const Tensor& like) {
-  Tensor result = torch::stable::new_empty(like, {2});
+// Ones copied by 16 bytes, before and after waiting for them: (2, 4 copies).
+Tensor asynchronous_copies(const Tensor& like, int64_t copies) {
+  Tensor result = torch::stable::new_empty(like, {2, 4 * copies});
   auto* values = static_cast<float*>(result.mutable_data_ptr());
   alignas(16) const float ones[4] = {1, 1, 1, 1};
-  launch({{1, 1, 1}, {kWarpSize, 1, 1}, 16, false}, [&] {
+  launch({{1, 1, 1}, {kWarpSize, 1, 1}, static_cast<size_t>(copies) * sizeof ones, false}, [&] {
     auto* shared = reinterpret_cast<float*>(cuda::dynamic_shared());
     if (threadIdx.x == 0) {
-      cuda::copy_async16(shared, ones, true);
+      for (int64_t i = 0; i < copies; ++i) cuda::copy_async16(shared + 4 * i, ones, true);
       cuda::copy_async_commit();
-      values[0] = shared[0];
+      std::memcpy(values, shared, static_cast<size_t>(copies) * sizeof ones);
       cuda::copy_async_wait<0>();
-      values[1] = shared[0];
+      std::memcpy(values + 4 * copies, shared, static_cast<size_t>(copies) * sizeof ones);
     }
   });
   return result;
@@ -177,7 +177,7 @@ STABLE_TORCH_LIBRARY(fmkernels_emulator, m) {
   m.def("warp_functions(Tensor values) -> Tensor");
   m.def("grid_sums(Tensor like, int blocks) -> Tensor");
   m.def("fresh_shared(Tensor like) -> Tensor");
-  m.def("asynchronous_copy(Tensor like) -> Tensor");
+  m.def("asynchronous_copies(Tensor like, int copies) -> Tensor");
   m.def("broken(str what) -> ()");
 }
 
@@ -187,6 +187,6 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels_emulator, CompositeExplicitAutograd, m) {
   m.impl("warp_functions", TORCH_BOX(&fmk::emu::warp_functions));
   m.impl("grid_sums", TORCH_BOX(&fmk::emu::grid_sums));
   m.impl("fresh_shared", TORCH_BOX(&fmk::emu::fresh_shared));
-  m.impl("asynchronous_copy", TORCH_BOX(&fmk::emu::asynchronous_copy));
+  m.impl("asynchronous_copies", TORCH_BOX(&fmk::emu::asynchronous_copies));
   m.impl("broken", TORCH_BOX(&fmk::emu::broken));
 }

@@ -41,7 +41,11 @@ struct PendingCopies {
     size_t size, bytes;
   };
   std::vector<std::vector<Copy>> groups{1};  // the last one is still open
+  unsigned issued = 0;
 };
+
+// $FMK_EMU_SEED: results must not depend on it.
+unsigned seed();
 
 // Refuses what no device launches: an empty grid, too many threads, too much shared memory, a
 // cooperative grid that is not resident as a whole.
