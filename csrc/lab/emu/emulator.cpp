@@ -2,7 +2,6 @@
 #include "lab/emu/emulator.h"
 
 #include <new>
-#include <random>
 #include <stdexcept>
 
 #include "lab/emu/scheduler.h"
@@ -100,8 +99,8 @@ void copy_async(void* destination, const void* source, size_t size, size_t bytes
   const PendingCopies::Copy copy{destination, source, size, bytes};
   // Half of them land at once and half when they must, so that both a missing wait and a barrier
   // missing before the memory's next use show.
-  std::minstd_rand random(1 + self().rank + 1024 * copies.issued++ + seed());
-  if (random() / 256 % 2 == 0) {
+  if (copies.issued++ == 0) copies.random.seed(1 + self().rank + 1024 * seed());
+  if (copies.random() / 256 % 2 == 0) {
     perform(copy);
   } else {
     copies.groups.back().push_back(copy);

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <vector>
 
 #include "lab/emu/emulator.h"
@@ -41,7 +42,8 @@ struct PendingCopies {
     size_t size, bytes;
   };
   std::vector<std::vector<Copy>> groups{1};  // the last one is still open
-  unsigned issued = 0;
+  size_t issued = 0;
+  std::minstd_rand random;
 };
 
 // $FMK_EMU_SEED: results must not depend on it.
