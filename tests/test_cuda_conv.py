@@ -158,9 +158,10 @@ def test_many_small_planes(dtype):
 
 
 def test_weight_gradient_over_splits(monkeypatch):
+    """Blocks with several tiles each, and a block for each tile."""
     for multiprocessors in ("1", "132"):
         monkeypatch.setenv("FMK_EMU_MULTIPROCESSORS", multiprocessors)
-        check(torch.float32, (17, 40), (3, 3), padding=(1, 1, 1, 1), batch=4, channels=2)
+        check(torch.float32, (17, 40), (3, 3), padding=(1, 1, 1, 1), batch=5, channels=3)
 
 
 def test_unaligned_data():
