@@ -42,6 +42,20 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def operand(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
+    """``value`` is a tensor as :func:`tensor` wants it, of the kind of ``reference``."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype is reference.dtype
+        and value.layout is torch.strided
+        and value.device == reference.device
+    ):
+        return value
+    tensor(name, value)
+    same_kind(name, value, reference_name, reference)
+    return value
+
+
 def rank(name: str, value: Tensor, *allowed: int) -> None:
     """``value`` has one of the allowed numbers of dimensions."""
     if value.dim() not in allowed:
@@ -51,7 +65,7 @@ def rank(name: str, value: Tensor, *allowed: int) -> None:
 
 def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
     """``value`` has exactly the expected shape; ``meaning`` says where that shape comes from."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected and tuple(value.shape) != tuple(expected):
         raise ValueError(
             f"{name} must have shape {tuple(expected)} ({meaning}), got {describe(value)}"
         )
@@ -90,6 +104,12 @@ def integers(
     name: str, value: object, count: int, minimum: int, maximum: int = MAX_INT
 ) -> tuple[int, ...]:
     """``value`` is an int (repeated) or a sequence of one or ``count`` ints in the range."""
+    if type(value) is tuple and len(value) == count:  # as layers have it: nothing to convert
+        for v in value:
+            if type(v) is not int or not minimum <= v <= maximum:
+                break
+        else:
+            return value
     if isinstance(value, (int, torch.SymInt)):
         return (integer(name, value, minimum, maximum),) * count
     if not isinstance(value, (tuple, list)):

@@ -164,9 +164,9 @@ AttentionResult result(const Tensor& tensor) {
 
 // The output of the op: laid out as the query.
 Tensor allocate_output(const Tensor& query, const AttentionProblem& p) {
-  if (!is_transposed(query)) return allocate(query, {p.batch, p.heads, p.queries, p.value_dim});
-  return torch::stable::transpose(allocate(query, {p.batch, p.queries, p.heads, p.value_dim}), 1,
-                                  2);
+  const std::vector<int64_t> shape{p.batch, p.heads, p.queries, p.value_dim};
+  if (!is_transposed(query)) return allocate(query, shape);
+  return allocate_strided(query, shape, strides_of(shape, {0, 2, 1, 3}));
 }
 
 std::tuple<Tensor, Tensor> sdpa_forward(

@@ -2,6 +2,7 @@
 // weights. This folder is the only C++ that knows torch, and it uses torch's stable ABI alone.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -83,22 +85,40 @@ inline void check_parameter(const OptionalTensor& tensor, const char* name, cons
   check_contiguous(*tensor, name);
 }
 
-// torch::stable::new_empty looks its operator up by name, which takes longer than allocating.
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape,
-                       std::optional<ScalarType> dtype = std::nullopt) {
-  int32_t device_type, type;
+// An uninitialised tensor. Through the shim's own entry: a call by the dispatcher, which looks the
+// operator up by its name, takes several times as long, and small layers feel that.
+inline Tensor allocate_strided(const Tensor& like, const std::vector<int64_t>& shape,
+                               const std::vector<int64_t>& strides,
+                               std::optional<ScalarType> dtype = std::nullopt) {
+  const ScalarType scalar_type = dtype ? *dtype : like.scalar_type();
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value()));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+// The strides of a tensor whose dimensions lie in memory in the given order, outermost first.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& shape,
+                                       const std::vector<size_t>& order) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i]))
-    strides[i] = stride;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               type, device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(shape[order[i]], 1);
+  }
+  return strides;
+}
+
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<size_t> order(shape.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  return allocate_strided(like, shape, strides_of(shape, order), dtype);
 }
 // What an operator returns in place of an output that is not wanted.
 inline Tensor nothing(const Tensor& like) { return allocate(like, {0}); }

@@ -1,8 +1,6 @@
 // Images (N, C, *spatial) of one to three axes, as the operators of the conv family take them.
 #pragma once
 
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include "cpu/conv.h"
 #include "torch/common.h"
 
@@ -49,15 +47,11 @@ inline void check_image(const Tensor& image, const char* name, ScalarType dtype,
 
 inline Tensor allocate_image(const Tensor& like, const Ints& shape, bool channels_last,
                              std::optional<ScalarType> dtype = std::nullopt) {
-  using torch::headeronly::MemoryFormat;
-  if (channels_last && shape.size() == 3)
-    return torch::stable::transpose(allocate(like, {shape[0], shape[2], shape[1]}, dtype), 1, 2);
-  MemoryFormat format = MemoryFormat::Contiguous;
-  if (channels_last)
-    format = shape.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                              dtype ? *dtype : like.scalar_type(), std::nullopt, like.device(),
-                              std::nullopt, format);
+  if (!channels_last) return allocate(like, shape, dtype);
+  std::vector<size_t> order{0};
+  for (size_t axis = 2; axis < shape.size(); ++axis) order.push_back(axis);
+  order.push_back(1);
+  return allocate_strided(like, shape, strides_of(shape, order), dtype);
 }
 
 inline void check_values(const Ints& values, const char* name, size_t count, int64_t lowest) {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fmkernels import _checks as check
 from fmkernels._dispatch import autocast_enabled
+from fmkernels._remember import remember
 from fmkernels.functional._options import number, probability
 from fmkernels.ops.attention.schema import Options
 
@@ -22,38 +24,45 @@ def broadcast(name: str, *shapes: torch.Size) -> torch.Size:
 
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
+    check.tensor("query", query)
+    check.operand("key", key, "query", query)
+    if value is not None:
+        check.operand("value", value, "query", query)
+    _check_shapes(query.shape, key.shape, None if value is None else value.shape, enable_gqa)
+
+
+@remember
+def _check_shapes(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...] | None,
+    enable_gqa: bool,
+) -> None:
     least = 3 if enable_gqa else 2
-    named = {"query": query, "key": key, "value": value}
-    if value is None:
-        del named["value"]
-    for name, operand in named.items():
-        check.tensor(name, operand)
-        check.same_kind(name, operand, "query", query)
-        if operand.dim() < least:
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if shape is not None and len(shape) < least:
             raise ValueError(
-                f"{name} must have at least {least} dimensions, got {check.describe(operand)}"
+                f"{name} must have at least {least} dimensions, got shape {tuple(shape)}"
             )
-    if key.size(-1) != query.size(-1):
+    if key[-1] != query[-1]:
+        raise ValueError(f"key must have the query's {query[-1]} features, got shape {tuple(key)}")
+    if value is not None and value[-2] != key[-2]:
         raise ValueError(
-            f"key must have the query's {query.size(-1)} features, got {check.describe(key)}"
-        )
-    if value is not None and value.size(-2) != key.size(-2):
-        raise ValueError(
-            f"value must have the key's {key.size(-2)} positions, got {check.describe(value)}"
+            f"value must have the key's {key[-2]} positions, got shape {tuple(value)}"
         )
     if enable_gqa:
-        for name in ("key", "value"):
-            if name in named:
-                shared_heads(name, named[name], -3, query.size(-3))
+        check_shared_heads("key", key, -3, query[-3])
+        if value is not None:
+            check_shared_heads("value", value, -3, query[-3])
 
 
-def shared_heads(name: str, operand: Tensor, dim: int, heads: int) -> None:
-    """The number of heads of ``operand`` divides the query's."""
-    shared = operand.size(dim)
+def check_shared_heads(name: str, shape: Sequence[int], dim: int, heads: int) -> None:
+    """The number of heads in dimension ``dim`` divides the query's."""
+    shared = shape[dim]
     if shared == 0 or heads % shared != 0:
         raise ValueError(
             f"{name} must have a number of heads that divides the query's {heads} "
-            f"(enable_gqa), got {check.describe(operand)}"
+            f"(enable_gqa), got shape {tuple(shape)}"
         )
 
 
@@ -98,8 +107,9 @@ def score_scale(scale: float | None, query: Tensor) -> float:
 
 
 def _window(window: tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
-    left, right = -1, -1
-    if window is not None:
+    if window is None:
+        left, right = -1, -1
+    else:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(
                 f"window must be a pair (left, right) or None, got {check.describe(window)}"
@@ -142,8 +152,6 @@ def options_of(
     """
     check.boolean("is_causal", is_causal)
     left, right = _window(window, is_causal)
-    if softcap is not None and not 0.0 < number("softcap", softcap) < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     heads = leading[-1] if leading else 1
     alibi_slopes = per_head("alibi_slopes", alibi_slopes, query, (heads,), leading or (1,))
     return Options(
@@ -153,6 +161,15 @@ def options_of(
         window_left=left,
         window_right=right,
         scale=score_scale(scale, query),
-        softcap=0.0 if softcap is None else float(softcap),
+        softcap=_softcap(softcap),
         dropout_p=probability("dropout_p", dropout_p),
     )
+
+
+def _softcap(softcap: float | None) -> float:
+    """What the ops take: 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not 0.0 < number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    return float(softcap)

@@ -20,31 +20,46 @@ Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...
 def check_image(name: str, input: Tensor, dims: int) -> None:
     """``input`` is (N, C, *spatial) or (C, *spatial); only the batch may be empty."""
     _checks.tensor(name, input)
-    _checks.rank(name, input, dims + 1, dims + 2)
-    if 0 in input.shape[-dims - 1 :]:
+    check_image_shape(name, input.shape, dims)
+
+
+def check_image_shape(name: str, shape: Sequence[int], dims: int) -> None:
+    """The same of the shape alone."""
+    if len(shape) not in (dims + 1, dims + 2):
         raise ValueError(
-            f"{name} may be empty in its batch dimension only, got {_checks.describe(input)}"
+            f"{name} must have {dims + 1} or {dims + 2} dimensions, got shape {tuple(shape)}"
+        )
+    if 0 in shape[-dims - 1 :]:
+        raise ValueError(
+            f"{name} may be empty in its batch dimension only, got shape {tuple(shape)}"
         )
 
 
-def check_groups(channels: int, weight: Tensor, groups: int, transposed: bool) -> None:
+def check_weight_shape(
+    shape: Sequence[int], dims: int, channels: int, groups: int, transposed: bool
+) -> None:
+    """A weight of this shape fits an image of that many channels."""
+    if len(shape) != dims + 2:
+        raise ValueError(f"weight must have {dims + 2} dimensions, got shape {tuple(shape)}")
+    if 0 in shape:
+        raise ValueError(f"weight must not be empty, got shape {tuple(shape)}")
     _checks.integer("groups", groups, 1)
     if transposed:
-        if channels % groups or weight.shape[0] != channels:
+        if channels % groups or shape[0] != channels:
             raise ValueError(
                 f"weight must have the {channels} channels of input in its first dimension, and "
-                f"groups must divide them, got {_checks.describe(weight)} and groups = {groups}"
+                f"groups must divide them, got shape {tuple(shape)} and groups = {groups}"
             )
         return
-    if channels % groups or weight.shape[0] % groups:
+    if channels % groups or shape[0] % groups:
         raise ValueError(
             f"groups must divide the {channels} channels of input and the "
-            f"{weight.shape[0]} output channels of weight, got {groups}"
+            f"{shape[0]} output channels of weight, got {groups}"
         )
-    if weight.shape[1] != channels // groups:
+    if shape[1] != channels // groups:
         raise ValueError(
-            f"weight must have {channels // groups} in its second dimension (the "
-            f"{channels} channels of input over groups = {groups}), got {_checks.describe(weight)}"
+            f"weight must have {channels // groups} in its second dimension (the {channels} "
+            f"channels of input over groups = {groups}), got shape {tuple(shape)}"
         )
 
 
@@ -59,7 +74,7 @@ def check_vectors(input: Tensor, channels: int, **vectors: Tensor | None) -> Non
         _checks.tensor(name, vector)
         wide = name != "bias" and vector.dtype == opmath_dtype(input.dtype)
         if not (wide and vector.device == input.device):
-            _checks.same_kind(name, vector, "input", input)
+            _checks.operand(name, vector, "input", input)
         _checks.shape(name, vector, (channels,), "one per output channel")
 
 
@@ -152,10 +167,10 @@ def check_transposed_size(
     return output
 
 
-def parse_pool(pool: Pool | None, dims: int) -> tuple[str | None, Window]:
-    """``(kind, (kernel_size, stride, padding, dilation))``; kind None without pooling."""
+def parse_pool(pool: Pool | None, dims: int) -> tuple[str | None, Window | tuple[()]]:
+    """``(kind, (kernel_size, stride, padding, dilation))``; ``(None, ())`` without pooling."""
     if pool is None:
-        return None, ((1,) * dims, (1,) * dims, (0,) * dims, (1,) * dims)
+        return None, ()
     if not isinstance(pool, (tuple, list)) or not 2 <= len(pool) <= 4:
         raise TypeError(
             "pool must be None or a tuple (kind, kernel_size[, stride[, padding]]), "

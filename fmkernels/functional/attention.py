@@ -8,17 +8,39 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fmkernels import _checks as check
+from fmkernels._remember import remember
 from fmkernels.functional import _attention_options as common
 from fmkernels.functional.packed_attention import nested_attention
 from fmkernels.ops.attention import autograd
 from fmkernels.ops.attention.schema import Options
 
 
+@remember
+def _leading(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...] | None,
+    enable_gqa: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions before positions and features: of the query and of the keys, broadcast."""
+    skipped = 3 if enable_gqa else 2
+    names = "query and key" if value is None else "query, key and value"
+    shapes = (query, key) if value is None else (query, key, value)
+    outer = common.broadcast(
+        f"the leading dimensions of {names}", *(shape[:-skipped] for shape in shapes)
+    )
+    if enable_gqa:
+        return (*outer, query[-3]), (*outer, key[-3])
+    return tuple(outer), tuple(outer)
+
+
 def _four_dimensional(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
     """``tensor`` with its leading dimensions broadcast to ``leading`` and folded into two."""
-    tensor = tensor.expand(*leading, *tensor.shape[-2:])
     if len(leading) == 2:
-        return tensor
+        if tensor.shape[:-2] == leading:
+            return tensor
+        return tensor.expand(*leading, *tensor.shape[-2:])
+    tensor = tensor.expand(*leading, *tensor.shape[-2:])
     if len(leading) < 2:
         return tensor[(None,) * (2 - len(leading))]
     return tensor.reshape(math.prod(leading[:-1]), leading[-1], *tensor.shape[-2:])
@@ -56,22 +78,12 @@ def _problem(
 ) -> _Problem:
     check.boolean("enable_gqa", enable_gqa)
     common.check_operands(query, key, value, enable_gqa)
-    if enable_gqa:
+    if enable_gqa and value is not None and key.size(-3) != value.size(-3):
         heads = query.size(-3)
-        if value is not None and key.size(-3) != value.size(-3):
-            key = key.repeat_interleave(heads // key.size(-3), dim=-3)
-            value = value.repeat_interleave(heads // value.size(-3), dim=-3)
-    skipped = 3 if enable_gqa else 2
-    names = "query and key" if value is None else "query, key and value"
-    outer = tuple(
-        common.broadcast(
-            f"the leading dimensions of {names}",
-            *(t.shape[:-skipped] for t in (query, key, value) if t is not None),
-        )
-    )
-    leading = shared_leading = outer
-    if enable_gqa:
-        leading, shared_leading = (*outer, heads), (*outer, key.size(-3))
+        key = key.repeat_interleave(heads // key.size(-3), dim=-3)
+        value = value.repeat_interleave(heads // value.size(-3), dim=-3)
+    value_shape = None if value is None else value.shape
+    leading, shared_leading = _leading(query.shape, key.shape, value_shape, enable_gqa)
     checked = common.options_of(query, leading, is_causal=is_causal, **options)
     if attn_mask is not None:
         if is_causal:

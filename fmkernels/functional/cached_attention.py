@@ -33,7 +33,7 @@ def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, paged: 
                 f"{name} must have the query's batch of {query.size(0)} (or be given with "
                 f"page_table), got {check.describe(cache)}"
             )
-        common.shared_heads(name, cache, 1, query.size(1))
+        common.check_shared_heads(name, cache.shape, 1, query.size(1))
     if key_cache.size(-1) != query.size(-1):
         raise ValueError(
             f"key_cache must have the query's {query.size(-1)} features, "

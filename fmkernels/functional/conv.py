@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmkernels import _checks
+from fmkernels._remember import remember
 from fmkernels.functional._conv_arguments import (
     IntOrTuple,
     Pool,
-    check_groups,
+    Window,
     check_image,
+    check_image_shape,
     check_kernel_fits,
     check_padding_mode,
     check_transposed_size,
     check_vectors,
+    check_weight_shape,
     check_window,
     padding_edges,
     parse_pool,
@@ -438,19 +443,21 @@ def _conv(
 ) -> Tensor:
     """The convolutions. ``edges``: padding before and after each axis, instead of ``padding``;
     ``state``: what stands there instead of zeros."""
-    _check_operands(dims, input, weight)
-    check_groups(input.shape[-dims - 1], weight, groups, False)
-    stride = _checks.integers("stride", stride, dims, 1)
-    dilation = _checks.integers("dilation", dilation, dims, 1)
-    kernel, size = tuple(weight.shape[2:]), input.shape[-dims:]
-    edges = padding_edges(padding, kernel, stride, dilation) if edges is None else edges
-    check_padding_mode(padding_mode, size, edges)
-    output_size = check_kernel_fits(size, kernel, stride, edges, dilation)
-    options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
-    return _finish(
-        input, weight, bias, scale, shift, residual, packed_weight, options, pool, backend,
-        (weight.shape[0], *output_size), state,
-    )  # fmt: skip
+    _check_operands(input, weight, residual)
+    plan = _plan(
+        dims,
+        input.shape,
+        weight.shape,
+        _checks.integers("stride", stride, dims, 1),
+        padding if isinstance(padding, str) else _checks.integers("padding", padding, dims, 0),
+        _checks.integers("dilation", dilation, dims, 1),
+        groups,
+        padding_mode,
+        activation,
+        parse_pool(pool, dims),
+        edges,
+    )
+    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
 
 
 def _conv_transpose(
@@ -472,31 +479,110 @@ def _conv_transpose(
     backend: str | None,
     packed_weight: Tensor | None,
 ) -> Tensor:
-    _check_operands(dims, input, weight)
-    check_groups(input.shape[-dims - 1], weight, groups, True)
+    _check_operands(input, weight, residual)
+    plan = _transposed_plan(
+        dims,
+        input.shape,
+        weight.shape,
+        _checks.integers("stride", stride, dims, 1),
+        _checks.integers("padding", padding, dims, 0),
+        _checks.integers("output_padding", output_padding, dims, 0),
+        _checks.integers("dilation", dilation, dims, 1),
+        groups,
+        padding_mode,
+        activation,
+        parse_pool(pool, dims),
+    )
+    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend)
+
+
+class _Plan(NamedTuple):
+    """What a call comes to once its sizes and options have been checked.
+
+    Attributes:
+        options: with the pool, where the op has it in its epilogue.
+        output_shape: of the convolution, before pooling.
+        pool: ``(kind, window)`` of a pool that follows as an op of its own, or None.
+    """
+
+    options: ConvOptions
+    output_shape: tuple[int, ...]
+    pool: tuple[str, Window] | None
+
+
+@remember
+def _plan(
+    dims: int,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+    activation: str | None,
+    pool: tuple[str | None, Window],
+    edges: tuple[int, ...] | None,
+) -> _Plan:
+    check_image_shape("input", input_shape, dims)
+    check_weight_shape(weight_shape, dims, input_shape[-dims - 1], groups, False)
+    kernel, size = tuple(weight_shape[2:]), input_shape[-dims:]
+    edges = padding_edges(padding, kernel, stride, dilation) if edges is None else edges
+    check_padding_mode(padding_mode, size, edges)
+    output_size = check_kernel_fits(size, kernel, stride, edges, dilation)
+    options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
+    batch = input_shape[: -dims - 1]
+    return _plan_with_pool(options, (*batch, weight_shape[0], *output_size), *pool)
+
+
+@remember
+def _transposed_plan(
+    dims: int,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+    activation: str | None,
+    pool: tuple[str | None, Window],
+) -> _Plan:
+    check_image_shape("input", input_shape, dims)
+    check_weight_shape(weight_shape, dims, input_shape[-dims - 1], groups, True)
     _checks.choice("padding_mode", padding_mode, ("zeros",))
-    stride = _checks.integers("stride", stride, dims, 1)
-    dilation = _checks.integers("dilation", dilation, dims, 1)
     edges = transposed_edges(padding, output_padding, stride, dilation)
-    kernel, size = tuple(weight.shape[2:]), input.shape[-dims:]
+    kernel, size = tuple(weight_shape[2:]), input_shape[-dims:]
     output_size = check_transposed_size(size, kernel, stride, edges, dilation)
     options = ConvOptions(stride, edges, dilation, groups, True, "zeros", activation)
-    return _finish(
-        input, weight, bias, scale, shift, residual, packed_weight, options, pool, backend,
-        (weight.shape[1] * groups, *output_size),
-    )  # fmt: skip
+    batch = input_shape[: -dims - 1]
+    return _plan_with_pool(options, (*batch, weight_shape[1] * groups, *output_size), *pool)
 
 
-def _check_operands(dims: int, input: Tensor, weight: Tensor) -> None:
+def _plan_with_pool(
+    options: ConvOptions, output_shape: tuple[int, ...], kind: str | None, window: Window
+) -> _Plan:
+    _checks.choice("activation", options.activation, _activations.CHOICES)
+    if kind is None:
+        return _Plan(options, output_shape, None)
+    dims = len(options.stride)
+    check_window("pool: the conv's output", output_shape[-dims:], window, False)
+    if not fuses_pool(window[0], options):
+        return _Plan(options, output_shape, (kind, window))
+    fused = options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
+    return _Plan(fused, output_shape, None)
+
+
+def _check_operands(input: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     _checks.tensor("input", input)
-    _checks.tensor("weight", weight)
-    _checks.same_kind("weight", weight, "input", input)
-    check_image("input", input, dims)
-    _checks.rank("weight", weight, dims + 2)
-    _checks.not_empty("weight", weight)
+    _checks.operand("weight", weight, "input", input)
+    if residual is not None:
+        _checks.operand("residual", residual, "input", input)
 
 
-def _finish(
+def _run(
+    plan: _Plan,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -504,42 +590,23 @@ def _finish(
     shift: Tensor | None,
     residual: Tensor | None,
     packed_weight: Tensor | None,
-    options: ConvOptions,
-    pool: Pool | None,
     backend: str | None,
-    output_shape: tuple[int, ...],
     state: Tensor | None = None,
 ) -> Tensor:
-    """Check what follows the convolution, whose output without N is given, and run all of it."""
-    dims = len(options.stride)
-    check_vectors(input, output_shape[0], bias=bias, scale=scale, shift=shift)
-    _checks.choice("activation", options.activation, _activations.CHOICES)
-    unbatched = input.dim() == dims + 1
+    dims = len(plan.options.stride)
+    check_vectors(input, plan.output_shape[-dims - 1], bias=bias, scale=scale, shift=shift)
     if residual is not None:
-        _checks.tensor("residual", residual)
-        _checks.same_kind("residual", residual, "input", input)
-        expected = output_shape if unbatched else (input.shape[0], *output_shape)
-        _checks.shape("residual", residual, expected, "the conv's output")
-        residual = residual.unsqueeze(0) if unbatched else residual
+        _checks.shape("residual", residual, plan.output_shape, "the conv's output")
     if packed_weight is not None:
         _checks.packed_weight("packed_weight", packed_weight, weight)
-    kind, window = parse_pool(pool, dims)
-    if kind is not None:
-        check_window("pool: the conv's output", output_shape[1:], window, False)
-        if fuses_pool(window[0], options):
-            options = options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
+    unbatched = input.dim() == dims + 1
+    if unbatched:
+        input = input.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
+        state = None if state is None else state.unsqueeze(0)
     output = autograd.conv(
-        input.unsqueeze(0) if unbatched else input,
-        weight,
-        bias,
-        scale,
-        shift,
-        residual,
-        packed_weight,
-        options,
-        backend,
-        state.unsqueeze(0) if state is not None and unbatched else state,
+        input, weight, bias, scale, shift, residual, packed_weight, plan.options, backend, state
     )
-    if kind is not None and options.pool is None:
-        output = pool_image(output, kind, window, backend)
+    if plan.pool is not None:
+        output = pool_image(output, *plan.pool, backend)
     return output.squeeze(0) if unbatched else output

@@ -41,23 +41,21 @@ def linear(
         UnsupportedError: the explicit backend cannot serve the call.
     """
     _checks.tensor("input", input)
-    _checks.tensor("weight", weight)
-    _checks.same_kind("weight", weight, "input", input)
+    _checks.operand("weight", weight, "input", input)
     _checks.rank("weight", weight, 2)
-    _checks.not_empty("weight", weight)
     out_features, in_features = weight.shape
+    if out_features == 0 or in_features == 0:
+        raise ValueError(f"weight must not be empty, got {_checks.describe(weight)}")
     if input.dim() == 0 or input.shape[-1] != in_features:
         raise ValueError(
             f"input must have in_features = {in_features} (the second dimension of weight) as its "
             f"last dimension, got {_checks.describe(input)}"
         )
     if bias is not None:
-        _checks.tensor("bias", bias)
-        _checks.same_kind("bias", bias, "input", input)
+        _checks.operand("bias", bias, "input", input)
         _checks.shape("bias", bias, (out_features,), "out_features")
     if residual is not None:
-        _checks.tensor("residual", residual)
-        _checks.same_kind("residual", residual, "input", input)
+        _checks.operand("residual", residual, "input", input)
         _checks.shape(
             "residual", residual, (*input.shape[:-1], out_features), "the shape of the output"
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fmkernels import _checks as check
+from fmkernels._remember import remember
 from fmkernels.functional import _options
 from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops.norm import autograd
@@ -143,17 +145,18 @@ def _norm(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     check.tensor("input", input)
-    shape = _normalized_shape(input, normalized_shape)
-    if residual is not None:
-        check.tensor("residual", residual)
-        check.shape("residual", residual, input.shape, "the shape of input")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check.tensor(name, parameter)
-            check.shape(name, parameter, shape, "normalized_shape")
-    others = {"residual": residual, "weight": weight, "bias": bias}
-    others = {name: operand for name, operand in others.items() if operand is not None}
-    for name, operand in others.items():
+    if isinstance(normalized_shape, list):  # a tuple can be remembered
+        normalized_shape = tuple(normalized_shape)
+    rows, shape = _rows(input.shape, normalized_shape)
+    operands = {"residual": residual, "weight": weight, "bias": bias}
+    for name, operand in operands.items():
+        if operand is None:
+            continue
+        check.tensor(name, operand)
+        if name == "residual":
+            check.shape(name, operand, input.shape, "the shape of input")
+        else:
+            check.shape(name, operand, shape, "normalized_shape")
         if operand.device != input.device:
             raise RuntimeError(
                 f"{name} must be on the device of input ({input.device}), "
@@ -164,16 +167,13 @@ def _norm(
         eps = torch.finfo(opmath_dtype(input.dtype)).eps
     eps = _options.number("eps", eps)
 
-    result_dtype = input.dtype if residual is None else _common(input, residual)
-    dtype = _common(input, *others.values())
-    # One row per normalised element group; the kernels know the last dimension only.
-    leading = input.shape[: input.dim() - len(shape)]
-    rows = (*leading, shape.numel())
+    result_dtype = _common(input, residual)
+    dtype = _common(input, *operands.values())
     output, total = autograd.norm(
-        input.to(dtype).reshape(rows),
-        None if residual is None else residual.to(dtype).reshape(rows),
-        None if weight is None else weight.to(dtype).flatten(),
-        None if bias is None else bias.to(dtype).flatten(),
+        _as(input, dtype, rows),
+        _as(residual, dtype, rows),
+        _as(weight, dtype, rows[-1:]),
+        _as(bias, dtype, rows[-1:]),
         rms,
         eps,
         dropout_p,
@@ -181,19 +181,32 @@ def _norm(
         backend,
     )
     if residual is not None and return_sum:
-        total = total.reshape(input.shape).to(result_dtype)
-    return output.reshape(input.shape).to(result_dtype), total
+        total = _as(total, result_dtype, input.shape)
+    return _as(output, result_dtype, input.shape), total
 
 
-def _common(*tensors: Tensor) -> torch.dtype:
+def _as(operand: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+    """``operand`` in that dtype and shape. The kernels normalise over the last dimension only."""
+    if operand is None:
+        return None
+    operand = operand if operand.dtype is dtype else operand.to(dtype)
+    return operand if operand.shape == shape else operand.reshape(shape)
+
+
+def _common(first: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype that torch would promote the tensors to."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = first.dtype
+    for tensor in others:
+        if tensor is not None and tensor.dtype is not dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _normalized_shape(input: Tensor, normalized_shape: int | Sequence[int]) -> torch.Size:
+@remember
+def _rows(
+    input_shape: tuple[int, ...], normalized_shape: int | tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of input with what is normalised in one dimension, and those dimensions."""
     if isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
     if not isinstance(normalized_shape, Sequence) or len(normalized_shape) == 0:
@@ -201,11 +214,11 @@ def _normalized_shape(input: Tensor, normalized_shape: int | Sequence[int]) -> t
             "normalized_shape must be an int or a non-empty sequence of ints, "
             f"got {check.describe(normalized_shape)}"
         )
-    shape = torch.Size(
+    shape = tuple(
         check.integer(f"normalized_shape[{i}]", size, 1) for i, size in enumerate(normalized_shape)
     )
-    if tuple(input.shape[-len(shape) :]) != tuple(shape):
+    if tuple(input_shape[-len(shape) :]) != shape:
         raise ValueError(
-            f"input must end in normalized_shape {tuple(shape)}, got {check.describe(input)}"
+            f"input must end in normalized_shape {shape}, got shape {tuple(input_shape)}"
         )
-    return shape
+    return (*input_shape[: -len(shape)], math.prod(shape)), shape

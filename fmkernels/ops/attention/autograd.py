@@ -82,12 +82,16 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, Tensor, Options]:
     """The operands in autocast's dtype, the small options in lse's, and a seed for dropout."""
     query, key, value, mask = cast_for_autocast(query, key, value, options.attn_mask)
-    slopes, sinks = (
-        None if tensor is None else tensor.to(opmath_dtype(query.dtype)).contiguous()
-        for tensor in (options.alibi_slopes, options.sinks)
-    )
-    seed = philox.draw_seed(query.device) if options.dropout_p > 0.0 else None
-    options = options._replace(attn_mask=mask, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
+    if mask is not options.attn_mask:
+        options = options._replace(attn_mask=mask)
+    if options.alibi_slopes is not None or options.sinks is not None:
+        slopes, sinks = (
+            None if tensor is None else tensor.to(opmath_dtype(query.dtype)).contiguous()
+            for tensor in (options.alibi_slopes, options.sinks)
+        )
+        options = options._replace(alibi_slopes=slopes, sinks=sinks)
+    if options.dropout_p > 0.0:
+        options = options._replace(dropout_seed=philox.draw_seed(query.device))
     return query, key, value, options
 
 

@@ -104,8 +104,7 @@ def conv(
             if output is not None:
                 return output
         input, options = torch.cat((state, input), -1), options._replace(padding=(0, 0))
-    window = window_parts(options.window)
-    if options.pool is not None and not fuses_pool(window[0], options):
+    if options.pool is not None and not fuses_pool(window_parts(options.window)[0], options):
         bare = options._replace(pool=None, window=())
         output = conv(input, weight, bias, scale, shift, residual, packed_weight, bare, backend)
         return pool(output, options.pool, options.window, backend)

@@ -120,7 +120,11 @@ def pooled_shape(shape: Sequence[int], window: Sequence[int]) -> tuple[int, ...]
 
 def is_channels_last(image: Tensor) -> bool:
     """The layout of an image that is in one of the two."""
-    return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
+    if image.is_contiguous():
+        return False
+    if image.dim() in _CHANNELS_LAST:
+        return image.is_contiguous(memory_format=_CHANNELS_LAST[image.dim()])
+    return image.movedim(1, -1).is_contiguous()
 
 
 def in_layout(image: Tensor, channels_last: bool) -> Tensor:
