@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a module imports from its own floor's package or from floors below.
 FLOORS = (
-    ("_version", "_native", "_dispatch", "_checks"),
+    ("_version", "_native", "_dispatch", "_checks", "_remember"),
     ("ops._",),
     ("ops",),
     ("functional",),
