@@ -14,6 +14,9 @@ import pytest
 # manyfold on a machine that something else keeps busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read by the native library: what its operators allocate starts as NaN, as below what torch does.
+os.environ.setdefault("FMKERNELS_POISON", "1")
+
 import torch  # noqa: E402
 
 from fmkernels import UnsupportedError  # noqa: E402

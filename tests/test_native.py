@@ -160,3 +160,22 @@ class TestWithoutNative:
         reason = _native.load_ops(tmp_path)
         assert reason.startswith("_ops.so does not load into torch")
         assert len(reason) > len("_ops.so does not load into torch") + 20, "the loader's own words"
+
+
+@needs_native
+def test_what_a_kernel_leaves_out_is_poisoned():
+    """The suite rests on it: an average pool of 2x2 does not cover the fifth row of its input, and
+    nothing is ever read there."""
+    code = (
+        "import torch, fmkernels\n"
+        "x, w = torch.randn(1, 4, 5, 6), torch.randn(4, 4, 3, 3)\n"
+        "options = ((1, 1), (1, 1, 1, 1), (1, 1), 1, False, 'zeros', 'relu', 'avg')\n"
+        "window = (2, 2, 2, 2, 0, 0)\n"
+        "forward = torch.ops.fmkernels.conv_forward\n"
+        "*_, mask = forward(x, w, None, None, None, None, None, *options, window, True)\n"
+        "assert mask[:, :, :4].max() == 1\n"
+        "assert (mask[:, :, 4] == 255).all()\n"
+        "print('poisoned')"
+    )
+    result = run_python(code, FMKERNELS_POISON="1")
+    assert result.stdout.strip() == "poisoned", result.stderr

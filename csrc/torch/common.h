@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <optional>
@@ -85,21 +86,37 @@ inline void check_parameter(const OptionalTensor& tensor, const char* name, cons
   check_contiguous(*tensor, name);
 }
 
+// Whether FMKERNELS_POISON=1: new tensors then hold NaN (integers: ones in every bit), so that an
+// element which a kernel leaves out cannot pass for a result. torch's own switch for that does not
+// reach the entry that allocate_strided takes.
+inline bool poisons_memory() {
+  static const bool poisons = [] {
+    const char* setting = std::getenv("FMKERNELS_POISON");
+    return setting != nullptr && std::strcmp(setting, "1") == 0;
+  }();
+  return poisons;
+}
+
 // An uninitialised tensor. Through the shim's own entry: a call by the dispatcher, which looks the
 // operator up by its name, takes several times as long, and small layers feel that.
 inline Tensor allocate_strided(const Tensor& like, const std::vector<int64_t>& shape,
                                const std::vector<int64_t>& strides,
                                std::optional<ScalarType> dtype = std::nullopt) {
-  const ScalarType scalar_type = dtype ? *dtype : like.scalar_type();
-  int32_t device_type, device_index;
+  int32_t type, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type,
-      device_index, &handle));
-  return Tensor(handle);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                         shape.data(), strides.data(), type,
+                                                         device_type, device_index, &handle));
+  Tensor tensor(handle);
+  if (poisons_memory() && tensor.is_cpu() && tensor.numel() > 0) {
+    const size_t bytes = static_cast<size_t>(tensor.numel()) * aoti_torch_dtype_element_size(type);
+    std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+  }
+  return tensor;
 }
 
 // The strides of a tensor whose dimensions lie in memory in the given order, outermost first.
