@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -172,6 +173,17 @@ def last_decisions() -> tuple[Decision, ...]:
     return tuple(_decisions)
 
 
+def decisions_since(before: int) -> list[Decision]:
+    """Those made after :func:`decision_count` was ``before``, as far as the log reaches."""
+    made = _made - before
+    return list(_decisions)[-made:] if made > 0 else []
+
+
+def decision_count() -> int:
+    """How many choices have been logged so far."""
+    return _made
+
+
 def clear_decisions() -> None:
     """Empty the log that :func:`last_decisions` reads."""
     _decisions.clear()
@@ -179,12 +191,15 @@ def clear_decisions() -> None:
 
 # The same few over and over: making one takes longer than looking it up.
 _decision = lru_cache(maxsize=256)(Decision)
+_counter, _made = count(1), 0
 
 
 def record_decision(op: str, chosen: str, refused: tuple[tuple[str, str], ...] = ()) -> None:
     """Log a choice under ``"auto"``; does nothing while torch.compile traces."""
+    global _made
     if not torch.compiler.is_compiling():
         _decisions.append(_decision(op, chosen, refused))
+        _made = next(_counter)
 
 
 def select(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmkernels._dispatch import Decision, last_decisions, use_backend
+from fmkernels._dispatch import Decision, decision_count, decisions_since, use_backend
 from fmkernels._replace import hub, hub_layers
 from fmkernels._replace.fused import FusedConv2d
 from fmkernels._replace.measure import in_evaluation
@@ -16,31 +16,22 @@ from fmkernels._replace.measure import in_evaluation
 def decisions_of(layer: nn.Module) -> list[Decision]:
     """What was decided while ``layer`` ran once on the smallest input that it accepts."""
     inputs = _smallest_inputs(layer)
-    before = last_decisions()
+    before = decision_count()
     observed = [layer, layer.norm] if isinstance(layer, FusedConv2d) else [layer]
     with in_evaluation(*observed), torch.no_grad(), use_backend("auto"):
         # Not __call__: hooks are for the user's own data.
         layer.forward(*inputs)
-    return _after(last_decisions(), before)
+    return decisions_since(before)
 
 
 def attention_decisions_of(module: nn.Module) -> list[Decision]:
     """The same for attention that ``module`` looks up by name."""
     parameter = next(module.parameters())
     token = torch.zeros(1, 1, 1, 8, dtype=parameter.dtype, device=parameter.device)
-    before = last_decisions()
+    before = decision_count()
     with torch.no_grad(), use_backend("auto"):
         hub.attention_forward(module, token, token, token, None)
-    return _after(last_decisions(), before)
-
-
-def _after(decisions: tuple[Decision, ...], before: tuple[Decision, ...]) -> list[Decision]:
-    """The decisions made since ``before``; the log is bounded, so the older ones may be gone."""
-    if before:
-        for position in reversed(range(len(decisions))):
-            if decisions[position] is before[-1]:
-                return list(decisions[position + 1 :])
-    return list(decisions)
+    return decisions_since(before)
 
 
 def _smallest_inputs(layer: nn.Module) -> tuple[Any, ...]:
