@@ -12,6 +12,7 @@
 #include "cpu/conv_finish.h"
 #include "cpu/conv_internal.h"
 #include "cpu/conv_small_groups.h"
+#include "cpu/conv_stream.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -20,6 +21,9 @@ constexpr int64_t kDepthwiseBlockPixels = 112;   // little reuse: what counts is
 constexpr int64_t kBlockPixels = 448;            // enough to use each weight in L2 often
 constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
 constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap are worth staging
+constexpr int64_t kStripTiles = 8;               // tiles that the panels take turns with,
+constexpr int64_t kStripPointers = 3072;         // fewer if they have very many pointers
+constexpr int64_t kPanelsBytes = 384 << 10;      // panels that are used strip by strip: from L2
 
 // D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
 template <class T, class D, bool kDepthwise>
@@ -31,11 +35,13 @@ struct Correlator {
   int64_t groups, channels, out_channels;
   bool in_place;  // the input is read where it lies
   bool direct;    // tiles store to the output
+  bool streams;   // past the caches
   bool finished;  // what tiles store has been through the whole epilogue
   RowStage<T, D> stage;
   int64_t pixel_words, group_words;       // steps of the (staged) input
   int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each
                                           // run covering element_taps taps of a kernel row
+  int64_t strip_tiles;
   PanelSplit<V> split;
   int64_t image_rows, blocks, panel_parts, shards;
 
@@ -59,9 +65,12 @@ struct Correlator {
     element_taps = joined ? p.x.taps : 1;
     elements = p.row_taps() * (p.x.taps / max_of<int64_t>(1, element_taps));
     words = channel_words * element_taps;
+    strip_tiles = max_of<int64_t>(
+        1, min_of(kStripTiles, kStripPointers / max_of<int64_t>(1, elements * kMaxTileRows)));
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
     direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
+    streams = direct && !kDepthwise && StreamedEpilogue<T>::fits(p);
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     divide(pool);
@@ -73,8 +82,9 @@ struct Correlator {
     image_rows = pooled ? p.pool.out_height : p.out_rows();
     const int64_t rows = p.batch * image_rows, conv_rows = pooled ? p.pool.stride_h : 1;
     const int64_t row_pixels = conv_rows * p.x.out_size;
-    const int64_t row_bytes = conv_rows * p.y.stride * sizeof(D) *
-                              (in_place ? p.x.in_size * pixel_words : stage.row_words());
+    const int64_t read_words =  // of an input row
+        in_place ? p.x.out_size * min_of(p.x.stride, p.x.taps) * pixel_words : stage.row_words();
+    const int64_t row_bytes = conv_rows * min_of(p.y.stride, p.y.taps) * read_words * sizeof(D);
     int64_t per_block = max_of<int64_t>(
         1, (kDepthwise ? kDepthwiseBlockPixels : kBlockPixels) / max_of<int64_t>(1, row_pixels));
     // Rows that windows share are computed again in the next block.
@@ -103,12 +113,14 @@ struct Correlator {
       run_block(rows * block / blocks, rows * (block + 1) / blocks, panels * part / panel_parts,
                 panels * (part + 1) / panel_parts);
     }
+    if (streams) stream_end();
   }
 
   void run_block(int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
     Block<D> block;
     find_pieces(row0, row1, &block);
-    gather_rows(p.input, p.z, p.y, stage, in_place, elements * kMaxTileRows + 8, &block);
+    gather_rows(p.input, p.z, p.y, stage, in_place, 2 * (elements * kMaxTileRows * strip_tiles + 8),
+                &block);
     const int64_t pixels = block.rows * p.x.out_size;
     if constexpr (kDepthwise) {
       if (direct) {
@@ -116,19 +128,26 @@ struct Correlator {
         return multiply_channels(block, split.column(panel0), end, row0 * p.x.out_size, nullptr);
       }
     }
+    if constexpr (!kDepthwise) {
+      if (direct) {
+        for (int64_t index = panel0, end; index < panel1; index = end) {
+          const int64_t group = index / split.count, first = group * split.count;
+          end = min_of(panel1, first + split.count);
+          multiply(block, group, index - first, end - first, row0 * p.x.out_size, nullptr);
+        }
+        return;
+      }
+    }
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
       const int64_t columns = min_of(width, out_channels - column);
       const int64_t channel = group * out_channels + column;
-      A* rows = nullptr;
-      if (!direct)
-        rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
+      auto* rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
       if constexpr (kDepthwise)
         multiply_channels(block, column, column + width, 0, rows);
       else
-        multiply(block, group, panel, row0 * p.x.out_size, rows);
-      if (direct) continue;
+        multiply(block, group, panel, panel + 1, row0 * p.x.out_size, rows);
       const Finisher<T> finisher{p, channel, columns, width, finished};
       for (int i = 0; i < block.piece_count; ++i) finisher.run(block.pieces[i], rows);
     }
@@ -164,11 +183,11 @@ struct Correlator {
     }
   }
 
-  // pointers[(e - e0) * n + i]: the words of element e under pixel first + i of the block. There
-  // may be as many pointers as a tile has short reductions, so they are found eight at a time; what
-  // is written past n is overwritten by the next element.
+  // to[(e - e0) * n + i]: the words of element e under pixel `pixel` + i of the block. There may be
+  // as many pointers as a tile has short reductions, so they are found eight at a time; what is
+  // written past n is overwritten by the next element.
   void find_pointers(const Block<D>& block, int64_t group, int64_t pixel, int n, int64_t e0,
-                     int64_t e1, int64_t word) const {
+                     int64_t e1, int64_t word, const D** to) const {
     if (e0 == e1) return;
     const int64_t taps = p.row_taps(), row_elements = p.x.taps / element_taps;
     const D* const* rows[kMaxTileRows];
@@ -180,7 +199,6 @@ struct Correlator {
       x[i] = out * p.x.stride + start;
       if (++out == p.x.out_size) out = 0, ++row;
     }
-    const D** to = block.pointers;
     const int64_t offset = group * group_words + word;
     const int64_t last = (p.x.taps - 1) * p.x.step;
     bool inside = true;  // no tap of any pixel lies left or right of the image
@@ -214,15 +232,35 @@ struct Correlator {
     }
   }
 
-  // The next tile's pixels under the last tap, which nothing has touched yet: several pixels by
-  // turns are no stream to the hardware. Matters where few taps share what is read (1x1).
-  void prefetch_next(const Block<D>& block, int n, int64_t count, int64_t run_words) const {
-    if (count == 0) return;
-    const D* const* newest = block.pointers + (count - 1) * n;
-    const int64_t ahead = n * p.x.stride * pixel_words;
+  // A part of the reduction: elements [e0, e1), of each the words [w0, w1).
+  struct Range {
+    int64_t e0, e1, w0, w1;
+    bool first, last;
+  };
+
+  // Asks for a share of what lies under a coming tile and under none before it, the rows and
+  // columns that a step of the stride uncovers: several pixels by turns are no stream to the
+  // hardware, and all at once would hold up the tile that is being computed.
+  void prefetch_pixels(const D* const* pointers, int n, const Range& range, int64_t share,
+                       int64_t shares) const {
+    const int64_t length = range.w1 - range.w0, step = 64 / static_cast<int64_t>(sizeof(D));
+    const int64_t begin = length * share / shares, end = length * (share + 1) / shares;
+    const int64_t last_rows = p.row_taps() - min_of(p.y.taps, p.y.stride);
+    const int64_t last_columns = p.x.taps - min_of(p.x.taps, p.x.stride);
+    for (int64_t e = range.e0; e < range.e1; ++e, pointers += n) {
+      if (e / p.x.taps < last_rows || e % p.x.taps < last_columns) continue;
+      for (int i = 0; i < n; ++i)
+        for (int64_t word = begin; word < end; word += step)
+          __builtin_prefetch(pointers[i] + word, 0, 2);
+    }
+  }
+  // Where a tile's results will go, while they are being computed: few lines of each of several
+  // pixels are no stream either.
+  void prefetch_output(const Epilogue<T>& epilogue, int n) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (int i = 0; i < n; ++i)
-      for (int64_t word = 0; word < run_words; word += 64 / static_cast<int64_t>(sizeof(D)))
-        __builtin_prefetch(newest[i] + ahead + word, 0, 2);
+      for (int64_t column = 0; column < epilogue.columns; column += kLine)
+        __builtin_prefetch(epilogue.out + i * epilogue.ld_out + column, 1);
   }
 
   // to[i] = from[i] + bytes for i < n, rounded up to 8.
@@ -248,28 +286,11 @@ struct Correlator {
     return epilogue;
   }
 
-  // One panel of the block's pixels, to the output or, raw, to rows[pixels][width].
-  void multiply(const Block<D>& block, int64_t group, int64_t panel, int64_t first_pixel,
-                A* rows) const {
-    const int vecs = split.width_vecs(panel);
-    const int64_t column = split.column(panel), width = vecs * V::W;
-    const int64_t pixels = block.rows * p.x.out_size;
-    const auto tiles = RowTiles::of(pixels, vecs);
-    const auto* b = static_cast<const Word<T>*>(p.weight) +
-                    (group * split.padded_columns() + column) * elements * words;
-    Epilogue<T> epilogue;
-    if (finished) {
-      epilogue = output_epilogue().at_panel(group * out_channels + column,
-                                            min_of(width, out_channels - column));
-      if (direct) {
-        epilogue = epilogue.at_row(first_pixel);
-      } else if constexpr (std::is_same_v<T, A>) {
-        epilogue.out = rows;
-        epilogue.ld_out = width;
-        epilogue.columns = static_cast<int>(width);
-      }
-    }
-    // The reduction is cut so that a chunk of the panel stays in L2 while all tiles pass over it:
+  // Panels [panel0, panel1) of a group for the block's pixels, to the output or (one panel) to
+  // rows[pixels][width].
+  void multiply(const Block<D>& block, int64_t group, int64_t panel0, int64_t panel1,
+                int64_t first_pixel, A* rows) const {
+    // The reduction is cut so that a chunk of a panel stays in L2 while all tiles pass over it:
     // into runs of whole elements, or elements into parts.
     const int64_t limit = kChunkWords + kChunkWords / 4;
     const int64_t parts = words > limit ? ceil_div(words, kChunkWords) : 1;
@@ -279,33 +300,106 @@ struct Correlator {
                              ? min_of(total, ceil_div(elements * words, kChunkWords))
                              : 1;
     const int64_t chunks = runs * parts;
+    // Several panels take turns strip by strip if L2 holds them all the while: the pixels' pointers
+    // are found once, and the output is written in whole pixels.
+    const int64_t panel_bytes =
+        max_of<int64_t>(1, elements * words) * kPanelVecs * V::W * sizeof(D);
+    const int64_t together = chunks > 1 ? 1 : max_of<int64_t>(1, kPanelsBytes / panel_bytes);
     A* partial = rows;
     if (!partial && chunks > 1)
-      partial = static_cast<A*>(scratch_bytes(Scratch::kAccumulator, pixels * width * sizeof(A)));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t run = chunk / parts, part = chunk % parts;
-      const int64_t e0 = elements * run / runs, e1 = elements * (run + 1) / runs;
-      const int64_t w0 = words * part / parts, w1 = words * (part + 1) / parts;
-      const bool last = finished && chunk + 1 == chunks;
-      TileOperands<Mac<T>> in;
-      in.rows = block.pointers;
-      in.batch = e1 - e0;
-      in.words = w1 - w0;
-      in.b = b + (e0 * words + w0) * width;
-      in.ld_init = width;
-      for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const int64_t pixel = tiles.begin(t);
-        const int n = tiles.rows(t);
-        find_pointers(block, group, pixel, n, e0, e1, w0);
-        if (in_place && group == 0 && panel == 0) prefetch_next(block, n, e1 - e0, in.words);
-        if (chunk > 0) in.init = partial + pixel * width;
-        if (last)
-          run_tile_with_epilogue<T, false>(n, vecs, in, epilogue.at_row(pixel));
-        else
-          run_tile<Mac<T>, false>(n, vecs, in,
-                                  StoreAccumulators<V>{partial + pixel * width, width});
+      partial = static_cast<A*>(scratch_bytes(
+          Scratch::kAccumulator, block.rows * p.x.out_size * kPanelVecs * V::W * sizeof(A)));
+    for (int64_t panel = panel0; panel < panel1; panel += together)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t run = chunk / parts, part = chunk % parts;
+        const Range range{elements * run / runs,
+                          elements * (run + 1) / runs,
+                          words * part / parts,
+                          words * (part + 1) / parts,
+                          chunk == 0,
+                          chunk + 1 == chunks};
+        multiply_range(block, group, panel, min_of(panel1, panel + together), range, first_pixel,
+                       rows, partial);
       }
+  }
+
+  // partial[pixels][width]: sums of a panel that go on.
+  void multiply_range(const Block<D>& block, int64_t group, int64_t panel0, int64_t panel1,
+                      const Range& range, int64_t first_pixel, A* rows, A* partial) const {
+    int vecs = 1;
+    for (int64_t panel = panel0; panel < panel1; ++panel)
+      vecs = max_of(vecs, split.width_vecs(panel));
+    const auto tiles = RowTiles::of(block.rows * p.x.out_size, vecs);
+    const int64_t count = range.e1 - range.e0, tile_pointers = count * kMaxTileRows;
+    const D **pointers = block.pointers, **soon = pointers + strip_tiles * tile_pointers + 8;
+    const auto find_strip = [&](int64_t tile0, const D** to) {
+      for (int64_t t = tile0; t < min_of(tiles.tiles, tile0 + strip_tiles);
+           ++t, to += tile_pointers)
+        find_pointers(block, group, tiles.begin(t), tiles.rows(t), range.e0, range.e1, range.w0,
+                      to);
+    };
+    find_strip(0, pointers);
+    const bool fetching = in_place && group == 0 && panel0 == 0;
+    TileOperands<Mac<T>> in;
+    in.batch = count;
+    in.words = range.w1 - range.w0;
+    for (int64_t tile0 = 0; tile0 < tiles.tiles; tile0 += strip_tiles) {
+      const int64_t tile1 = min_of(tiles.tiles, tile0 + strip_tiles);
+      find_strip(tile1, soon);
+      for (int64_t panel = panel0; panel < panel1; ++panel) {
+        const int panel_vecs = split.width_vecs(panel);
+        const int64_t column = split.column(panel), width = panel_vecs * V::W;
+        const Epilogue<T> epilogue = panel_epilogue(group, column, width, first_pixel, rows);
+        in.b = static_cast<const Word<T>*>(p.weight) +
+               (group * split.padded_columns() + column) * elements * words +
+               (range.e0 * words + range.w0) * width;
+        in.ld_init = width;
+        for (int64_t t = tile0; t < tile1; ++t) {
+          const int64_t pixel = tiles.begin(t), at_pointer = (t - tile0) * tile_pointers;
+          const int n = tiles.rows(t);
+          in.rows = pointers + at_pointer;
+          if (fetching && t + strip_tiles < tiles.tiles)
+            prefetch_pixels(soon + at_pointer, tiles.rows(t + strip_tiles), range, panel - panel0,
+                            panel1 - panel0);
+          if (!range.first) in.init = partial + pixel * width;
+          if (finished && range.last) {
+            finish_tile(n, panel_vecs, in, epilogue.at_row(pixel));
+          } else {
+            const StoreAccumulators<V> keep{partial + pixel * width, width};
+            run_tile<Mac<T>, false>(n, panel_vecs, in, keep);
+          }
+        }
+      }
+      const D** const done = pointers;
+      pointers = soon;
+      soon = done;
     }
+  }
+
+  void finish_tile(int rows, int vecs, const TileOperands<Mac<T>>& in,
+                   const Epilogue<T>& epilogue) const {
+    if constexpr (kCanStream<T>) {
+      if (streams) return run_tile<Mac<T>, false>(rows, vecs, in, StreamedEpilogue<T>{epilogue});
+    }
+    if (direct) prefetch_output(epilogue, rows);
+    run_tile_with_epilogue<T, false>(rows, vecs, in, epilogue);
+  }
+
+  // The epilogue of a panel, if tiles go through it: to the output or to rows[pixels][width].
+  Epilogue<T> panel_epilogue(int64_t group, int64_t column, int64_t width, int64_t first_pixel,
+                             A* rows) const {
+    Epilogue<T> epilogue;
+    if (!finished) return epilogue;
+    epilogue = output_epilogue().at_panel(group * out_channels + column,
+                                          min_of(width, out_channels - column));
+    if (direct) {
+      epilogue = epilogue.at_row(first_pixel);
+    } else if constexpr (std::is_same_v<T, A>) {
+      epilogue.out = rows;
+      epilogue.ld_out = width;
+      epilogue.columns = static_cast<int>(width);
+    }
+    return epilogue;
   }
 
   // Depthwise, channels [begin, end) of the block's pixels: sum over taps of input[pixel + tap] *
@@ -318,7 +412,7 @@ struct Correlator {
     if (direct) epilogue = output_epilogue().at_row(first_pixel);
     for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
       const int n = static_cast<int>(min_of<int64_t>(kPixels, pixels - pixel));
-      find_pointers(block, 0, pixel, n, 0, elements, 0);
+      find_pointers(block, 0, pixel, n, 0, elements, 0, block.pointers);
       for (int64_t channel = begin; channel < end; channel += V::W) {
         const auto at =
             epilogue.at_panel(channel, min_of<int64_t>(V::W, out_channels - channel)).at_row(pixel);

@@ -2,6 +2,8 @@
 
 #include <type_traits>
 
+#include "cpu/conv_stream.h"
+
 namespace fmk::FMK_ISA {
 namespace {
 
@@ -60,6 +62,8 @@ struct PixelRows {
   int64_t channels, padded;  // of all groups
   const A* weights;          // [tap_y][tap_x][channel of the group][padded]
   Epilogue<T> epilogue;
+  bool clamps;   // of it, no more than scale, shift and a clamp is there
+  bool streams;  // the output leaves the caches anyway: it is written past them, not read first
   int32_t lanes_of[kMaxGroupChannels][V::W];  // of a vector, for a channel of its groups
 
   explicit PixelRows(const Correlation<T>& problem) : p(problem) {
@@ -72,6 +76,8 @@ struct PixelRows {
     epilogue.residual = p.residual;
     epilogue.preactivation = p.preactivation;
     epilogue.activation = p.activation;
+    clamps = p.activation <= Activation::kRelu6 && !p.residual && !p.preactivation;
+    streams = streamed(p.output, p.batch * p.y.out_size * p.x.out_size, channels);
     weights = static_cast<const A*>(p.weight);
     if constexpr (!kDepthwise) gather_weights();
   }
@@ -124,8 +130,30 @@ struct PixelRows {
       // A copy: what finish() refers to would not stay in registers.
       V sum[P][1], done[P][1];
       multiply<P, kTaps, kStride, kInside>(image + channel, y, x, channel, sum);
+      if (clamps) {
+        clamp(sum, channel, pixel);
+        continue;
+      }
       FMK_FOR (k, P) done[k][0] = sum[k][0];
       finish(epilogue.at_panel(channel, V::W).at_row(pixel), done);
+    }
+  }
+  // The usual epilogue, whose few operations are cheaper than a call.
+  template <int P>
+  FMK_LAMBDA void clamp(const V (&sum)[P][1], int64_t channel, int64_t pixel) const {
+    constexpr A kInfinity = static_cast<A>(__builtin_inf());
+    const bool above = p.activation != Activation::kNone;
+    const V low = splat(above ? A(0) : -kInfinity);
+    const V high = splat(p.activation == Activation::kRelu6 ? A(6) : kInfinity);
+    const V scale = p.scale ? load(p.scale + channel) : splat_as<V>(1);
+    const V shift = p.shift ? load(p.shift + channel) : zero<V>();
+    T* to = p.output + pixel * channels + channel;
+    FMK_FOR (k, P) {
+      const V z = min(high, max(low, fma(sum[k][0], scale, shift)));
+      if (streams)
+        stream(to + k * channels, z);
+      else
+        store(to + k * channels, z);
     }
   }
   // A function of its own: the epilogue is long, and there are many kinds of blocks.
@@ -349,6 +377,7 @@ void run_pixels(const Correlation<T>& p, const Parallel& pool, int64_t threads) 
       else
         work.template run<kTaps, 2>(row);
     }
+    if (work.streams) stream_end();
   });
 }
 
