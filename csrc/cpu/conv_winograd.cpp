@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cpu/conv_finish.h"
+#include "cpu/conv_stream.h"
 #include "cpu/winograd_multiply.h"
 #include "cpu/winograd_transforms.h"
 
@@ -19,6 +20,8 @@ FMK_INLINE int64_t block_tiles(int64_t channels) {
   return channels <= 64 ? 32 : channels <= 128 ? 64 : kMaxBlockTiles;
 }
 constexpr int64_t kMaxPieces = kMaxBlockTiles;
+// Channels that are multiplied together: their part of a panel takes half of L1.
+constexpr int64_t kSlice = 16384 / (kPanelVecs * W * sizeof(float));
 
 // A cut of the output into pieces of rows and of the pieces into blocks of about kBlockTiles tiles.
 // Pieces of one image lie one after the other; a block is a run of pieces.
@@ -142,7 +145,7 @@ struct TileSink {
   const S* residual;  // laid out as out, or null
   int64_t row_step, column_step;
   int lanes;  // channels that exist
-  bool pool;
+  bool pool, streams;
 
   FMK_LAMBDA VecF finished(int i, int j, VecF y) const {
     VecF z = fma(y, scale, shift);
@@ -151,7 +154,9 @@ struct TileSink {
   }
   FMK_LAMBDA void put(int i, int j, VecF z) const {
     S* to = out + i * row_step + j * column_step;
-    if (lanes == W)
+    if (streams)
+      stream(to, z);
+    else if (lanes == W)
       store(to, z);
     else
       store(to, z, lanes);
@@ -206,7 +211,10 @@ class BlockRunner {
     pooled_ = halves && clamps && p.channels_last;
     direct_ = clamps && p.channels_last && (!q.kernel_h || pooled_);
     finished_ = direct_ || (clamps && !p.residual);
+    const int64_t pixels = pooled_ ? q.out_height * q.out_width : p.y.out_size * p.x.out_size;
+    streams_ = direct_ && streamed(p.output, p.batch * pixels, p.out_channels);
   }
+  bool streams() const { return streams_; }
 
   // Pieces [first, last) of the plan and panels [panel_begin, panel_end).
   void run(int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) {
@@ -351,35 +359,36 @@ class BlockRunner {
                 float* products, int64_t ld_product) {
     const int64_t width = vecs * W;
     // Long reductions are cut so that a slice of the panel stays in L1 while all tiles pass over
-    // it.
-    constexpr int64_t kSlice = 128;
-    const int64_t slices = p_.channels <= 3 * kSlice ? 1 : ceil_div(p_.channels, kSlice);
+    // it: a panel of any width comes from L2 once, and not once per row tile.
+    const int64_t slices = p_.channels <= kSlice + kSlice / 2 ? 1 : ceil_div(p_.channels, kSlice);
     for (int point = 0; point < kPointCount; ++point, panel += p_.channels * width) {
       int64_t begin, end;
       slots_.range(point / kWindow, point % kWindow, &begin, &end);
-      const auto row_tiles = RowTiles::of(end - begin, vecs);
+      const int64_t tiles = ceil_div(end - begin, int64_t{kTileRows[vecs]});
+      if (tiles == 0) continue;
+      const int64_t rows = (end - begin) / tiles, longer = (end - begin) % tiles;  // by one row
       for (int64_t slice = 0; slice < slices; ++slice) {
         const int64_t vec0 = p_.channels / W * slice / slices,
                       vec1 = p_.channels / W * (slice + 1) / slices;
         PointProduct in;
+        in.a = inputs + begin * ld_input + (vec0 * kPointCount + point) * W;
         in.lda = ld_input;
         in.b = panel + vec0 * W * width;
         in.vecs = vec1 - vec0;
+        in.out = products + begin * ld_product + point * W;
         in.ld_out = ld_product;
         in.vec_step = kPointCount * W;
         in.add = slice > 0;
-        // The next slice of the panel lies behind this one. The last row tiles fetch it, a cache
-        // line (16 floats) for every step of their reductions.
-        const float* soon = panel + vec1 * W * width;
-        const int64_t fetching = ceil_div(width, 16), steps = in.vecs * W;
-        for (int64_t t = 0; t < row_tiles.tiles; ++t) {
-          const int64_t first = begin + row_tiles.begin(t), share = t - row_tiles.tiles + fetching;
-          in.a = inputs + first * ld_input + (vec0 * kPointCount + point) * W;
-          in.out = products + first * ld_product + point * W;
-          in.soon = soon + max_of<int64_t>(0, share) * steps * 16;
-          in.soon_step = share < 0 ? 0 : 16;
-          multiply_point(row_tiles.rows(t), vecs, in);
-        }
+        // The next slice of the panel lies behind this one.
+        in.soon = panel + vec1 * W * width;
+        in.fetched = ceil_div(width, 16) - tiles;
+        in.tiles = longer;
+        if (longer > 0) multiply_point(static_cast<int>(rows + 1), vecs, in);
+        in.a += longer * (rows + 1) * in.lda;
+        in.out += longer * (rows + 1) * in.ld_out;
+        in.fetched += longer;
+        in.tiles = tiles - longer;
+        multiply_point(static_cast<int>(rows), vecs, in);
       }
     }
   }
@@ -402,6 +411,7 @@ class BlockRunner {
     sink.row_step = image_width * ld;
     sink.column_step = ld;
     sink.pool = pooled_;
+    sink.streams = streams_;
     for (int vec = 0; vec < vecs; ++vec) {
       const int64_t channel = column + vec * W;
       sink.scale = finished_ && p_.scale ? load(p_.scale + channel) : splat(1.0f);
@@ -434,6 +444,7 @@ class BlockRunner {
   const Plan& plan_;
   bool pooled_;    // the 2 x 2 maxima go straight to the output
   bool direct_;    // the outputs, too
+  bool streams_;   // past the caches
   bool finished_;  // tiles leave their transform with the whole epilogue but the pool done
   Piece pieces_[kMaxPieces];
   int piece_count_ = 0;
@@ -461,6 +472,7 @@ void correlate_winograd(const Correlation<T>& p, const Parallel& pool) {
       runner.run(first, min_of(plan.piece_count, first + plan.pieces_per_block),
                  split.count * part / parts, split.count * (part + 1) / parts);
     }
+    if (runner.streams()) stream_end();
   });
 }
 

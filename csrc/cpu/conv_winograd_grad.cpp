@@ -24,17 +24,15 @@ constexpr int64_t kBlockTiles = 64;
 // divide a vector, and there are enough of them to hide the latency of a multiply-add.
 constexpr int kRows = 4;
 
-// out[kRows][NV * W] += sum over tiles of a[tile * lda][kRows] * b[tile * ldb][NV][W].
+// out[kRows][NV * W] += sum over tiles of a[tile * W][kRows] * b[tile][NV * W].
 template <int NV>
-FMK_NOINLINE void multiply_tiles(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                 int64_t tiles, float* out) {
+FMK_NOINLINE void multiply_tiles(const float* a, const float* b, int64_t tiles, float* out) {
   VecF acc[kRows][NV];
   FMK_FOR (i, kRows)
     FMK_FOR (j, NV) acc[i][j] = load(out + (i * NV + j) * W);
-  for (int64_t tile = 0; tile < tiles; ++tile, a += lda, b += ldb) {
+  for (int64_t tile = 0; tile < tiles; ++tile, a += W, b += NV * W) {
     VecF panel[NV];
-    FMK_FOR (j, NV) panel[j] = pin(load(b + j * kPointCount * W));
-    __builtin_prefetch(a + kPointCount * W);  // the next vector of channels
+    FMK_FOR (j, NV) panel[j] = pin(load(b + j * W));
     FMK_FOR (i, kRows) {
       const VecF x = splat(a[i]);
       FMK_FOR (j, NV) acc[i][j] = fma(x, panel[j], acc[i][j]);
@@ -238,27 +236,37 @@ class TileGradient {
 
   void multiply(const float* inputs, int64_t ld_input, const float* grads, int64_t ld_grad,
                 int64_t tiles, float* products) const {
+    // One point's numbers of all tiles, side by side: where the transforms leave them every line
+    // lies in a page of its own, and each is read many times.
+    alignas(64) float input[kBlockTiles * W], grad[kBlockTiles * kPanelVecs * W];
     for (int64_t panel = 0; panel < split_.count; ++panel) {
       const int vecs = split_.width_vecs(panel);
-      const float* b = grads + split_.column(panel) * kPointCount;
-      for (int point = 0; point < kPointCount; ++point)
+      const int64_t width = vecs * W;
+      for (int point = 0; point < kPointCount; ++point) {
+        const float* b = grads + split_.column(panel) * kPointCount + point * W;
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          for (int j = 0; j < vecs; ++j)
+            store(grad + tile * width + j * W, load(b + tile * ld_grad + j * kPointCount * W));
         for (int64_t vec = 0; vec < p_.channels / W; ++vec) {
           const float* a = inputs + (vec * kPointCount + point) * W;
-          float* out = products + block_offset(panel, vec) + point * W * vecs * W;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            store(input + tile * W, load(a + tile * ld_input));
+            __builtin_prefetch(a + tile * ld_input + kPointCount * W);  // the next vector
+          }
+          float* out = products + block_offset(panel, vec) + point * W * width;
           for (int i = 0; i < W; i += kRows)
-            multiply_panel(vecs, a + i, ld_input, b + point * W, ld_grad, tiles,
-                           out + i * vecs * W);
+            multiply_panel(vecs, input + i, grad, tiles, out + i * width);
         }
+      }
     }
   }
-  static void multiply_panel(int vecs, const float* a, int64_t lda, const float* b, int64_t ldb,
-                             int64_t tiles, float* out) {
+  static void multiply_panel(int vecs, const float* a, const float* b, int64_t tiles, float* out) {
     switch (vecs) {
-      case 1: return multiply_tiles<1>(a, lda, b, ldb, tiles, out);
-      case 2: return multiply_tiles<2>(a, lda, b, ldb, tiles, out);
+      case 1: return multiply_tiles<1>(a, b, tiles, out);
+      case 2: return multiply_tiles<2>(a, b, tiles, out);
 #if defined(__AVX512F__)
-      case 3: return multiply_tiles<3>(a, lda, b, ldb, tiles, out);
-      case 4: return multiply_tiles<4>(a, lda, b, ldb, tiles, out);
+      case 3: return multiply_tiles<3>(a, b, tiles, out);
+      case 4: return multiply_tiles<4>(a, b, tiles, out);
 #endif
     }
   }
