@@ -94,7 +94,9 @@ _ACTIVATION_METHODS = {
 }
 
 _POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
+_AVERAGE_ARGUMENTS = (
+    "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
+)  # fmt: skip
 
 
 def step_of_module(module: nn.Module) -> Step | None:
@@ -106,8 +108,9 @@ def step_of_module(module: nn.Module) -> Step | None:
     if of_torch or kind.__module__ == "transformers.activations":
         name = _ACTIVATION_MODULES[kind](module) if of_torch else hub.activation_of(module)
         return None if name is None else Step(ACTIVATION, name, kind.__name__, module)
-    if kind is nn.MaxPool2d:
-        pool = _max_pool({name: getattr(module, name) for name in _POOL_ARGUMENTS})
+    if kind in _POOL_MODULES:
+        names, pool_of = _POOL_MODULES[kind]
+        pool = pool_of({name: getattr(module, name) for name in names})
         return None if pool is None else Step(POOL, pool, kind.__name__, module)
     return None
 
@@ -115,11 +118,12 @@ def step_of_module(module: nn.Module) -> Step | None:
 def step_of_call(node: fx.Node) -> Step | None:
     """The step that a function or method call of a traced graph is, or None."""
     if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
-        arguments = _arguments(node, _POOL_ARGUMENTS)
-        pool = None if arguments is None else _max_pool(arguments)
+        function, names, pool_of = _POOL_FUNCTIONS[node.target]
+        arguments = _arguments(node, names)
+        pool = None if arguments is None else pool_of(arguments)
         if pool is None:
             return None
-        return Step(POOL, pool, "max_pool2d", lambda x: F.max_pool2d(x, *pool[1:]))
+        return Step(POOL, pool, function.__name__, lambda x: function(x, *pool[1:]))
     name = None
     if node.op == "call_function":
         name = _ACTIVATION_FUNCTIONS.get(node.target)
@@ -142,8 +146,10 @@ def append(steps: list[Step], step: Step) -> list[Step] | None:
         return None
     if step.kind == NORM:
         return [step] if not steps else None
-    if step.kind == ACTIVATION and POOL in kinds and step.value not in COMMUTES_WITH_MAX_POOL:
-        return None
+    if step.kind == ACTIVATION and POOL in kinds:
+        commutes = value_of(steps, POOL)[0] == "max" and step.value in COMMUTES_WITH_MAX_POOL
+        if not commutes:
+            return None
     return [*steps, step]
 
 
@@ -182,6 +188,28 @@ def _max_pool(arguments: dict[str, Any]) -> Pool | None:
     stride = kernel_size if stride is None or stride == [] else _pair(stride)
     padding = _pair(arguments.get("padding", 0))
     return None if stride is None or padding is None else ("max", kernel_size, stride, padding)
+
+
+def _average_pool(arguments: dict[str, Any]) -> Pool | None:
+    """The same for average-pooling, whose sums the kernels divide by the window's area."""
+    if arguments.get("divisor_override") is not None:
+        return None
+    shared = ("kernel_size", "stride", "padding", "ceil_mode")
+    pool = _max_pool({name: arguments[name] for name in shared if name in arguments})
+    if pool is None or (pool[3] != (0, 0) and not arguments.get("count_include_pad", True)):
+        return None
+    return ("avg", *pool[1:])
+
+
+_POOL_MODULES: dict[type, tuple[tuple[str, ...], Callable[[dict], Pool | None]]] = {
+    nn.MaxPool2d: (_POOL_ARGUMENTS, _max_pool),
+    nn.AvgPool2d: (_AVERAGE_ARGUMENTS, _average_pool),
+}
+_POOL_FUNCTIONS: dict[Any, tuple[Callable, tuple[str, ...], Callable[[dict], Pool | None]]] = {
+    F.max_pool2d: (F.max_pool2d, _POOL_ARGUMENTS, _max_pool),
+    torch.max_pool2d: (F.max_pool2d, _POOL_ARGUMENTS, _max_pool),
+    F.avg_pool2d: (F.avg_pool2d, _AVERAGE_ARGUMENTS, _average_pool),
+}
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
