@@ -7,10 +7,11 @@ chips.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from fmkernels.ops._triton import support  # noqa: E402
 
@@ -23,6 +24,8 @@ pytestmark = [
 if support.TRITON.ok:
     from fmkernels.bench.gpu import gates, registry, sweep
     from fmkernels.bench.gpu.inspect import CHIPS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GOOD = {
     "registers": 128,
@@ -129,12 +132,39 @@ def test_the_subset_for_ci_has_every_kernel():
     assert len(chosen) < len(wanted) / 4
 
 
+@pytest.fixture
+def baseline():
+    rows = gates.read_baseline(ROOT / "benchmarks" / "gpu_baseline.json", triton.__version__)
+    if rows is None:
+        pytest.skip(f"no baseline of triton {triton.__version__}")
+    return rows
+
+
+def test_the_baseline_has_every_kernel_configuration_and_dtype(baseline):
+    recorded = [key.split(".") for key in baseline]
+    # A row's name ends in a number where a case launches a tile with several constants.
+    configs = {(kernel, arch, config) for kernel, config, arch in recorded}
+    for job in sweep.jobs(list(CHIPS)):
+        for launch in sweep.planned(job):
+            config = f"{job.case.replace('.', '_')}-{job.dtype}-{launch.config.name}"
+            assert (launch.kernel, job.arch, config) in configs, (launch.kernel, job)
+
+
+def test_the_baseline_keeps_to_the_gates(baseline):
+    for key, row in baseline.items():
+        config, arch = key.split(".")[1:]
+        case = registry.cases()[config.split("-")[0].replace("_", ".", 1)]
+        assert row["shared"] <= CHIPS[arch].shared and row["tensor_memory"] <= 512, key
+        assert not (row["spills"] and case.aligned and not case.huge), key
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_a_kernel_is_compiled_and_passes(arch, tmp_path):
+def test_a_kernel_is_compiled_and_passes(arch, tmp_path, baseline):
     wanted = sweep.jobs([arch], ["bf16"], "linear.rows_64")
     rows = sweep.sweep(wanted, workers=1, kernel="gemm_fwd", dump=tmp_path)
     (row,) = rows
     assert gates.problems(row) == []
+    assert row.key in baseline and gates.regressions(row, baseline) == []
     assert row.resources["matrix"] and max(row.resources["load_bits"]) == 128
     ending = "hsaco" if arch == "gfx942" else "cubin"
     assert (tmp_path / f"{row.key}.{ending}").stat().st_size > 1000

@@ -232,7 +232,7 @@ LAYERS = (
         ),
         _causal,
         ((8, 2048, 4096), (2048, 1, 4), (2048,)),
-        goal=(1, None),
+        goal=(1, 3),
     ),
     Layer(
         "linear + bias + gelu, 4096x1024 -> 4096",

@@ -30,10 +30,7 @@ from fmkernels.ops.conv.geometry import (
     window_parts,
 )
 from fmkernels.ops.conv.triton_configs import BACKWARD_CONFIGS, DEPTHWISE_CONFIGS, ROW_CONFIGS
-from fmkernels.ops.conv.triton_depthwise import (
-    conv_depthwise_bwd_kernel,
-    conv_depthwise_fwd_kernel,
-)
+from fmkernels.ops.conv.triton_depthwise import conv_depthwise_bwd_kernel
 from fmkernels.ops.conv.triton_forward import launch_convolution
 from fmkernels.ops.conv.triton_gemm import (
     conv_bwd_kernel,
@@ -235,15 +232,12 @@ def _matrix_gradients(
                 zeros.zero_()
         return grad_input, grad_weight
     parts = None
-    if problem.depthwise:
-        if need_input:
-            _launch_depthwise_dx(problem, grad, weight, grad_input, folded)
-        if need_weight:
-            parts = _launch_depthwise_dw(problem, grad, input, grad_weight)
-    elif need_input or need_weight:
-        parts = _launch_backward(
-            problem, grad, input, weight, grad_input, grad_weight, folded, exact
-        )
+    if need_input or need_weight:
+        operands = (problem, grad, input, weight, grad_input, grad_weight, folded)
+        if problem.depthwise:
+            parts = _launch_depthwise(*operands)
+        else:
+            parts = _launch_backward(*operands, exact)
     if parts is not None:
         sum_splits(parts, grad_weight, sum_parts, sums)
     elif sum_parts is not None:
@@ -327,79 +321,76 @@ def _launch_backward(
     return parts
 
 
-def _launch_depthwise_dx(
-    problem: Problem, grad: Tensor, weight: Tensor, grad_input: Tensor, folded: bool
-) -> None:
-    x_channels, y_channels = problem.x_channels, problem.y_channels
-    setting = DEPTHWISE_CONFIGS[architecture()]["rows"]
-    x_size = three(grad_input.shape[2:])
-    constants = problem.constants()
-    constants.update(TRANSPOSED=not problem.options.transposed, PADDING_MODE="zeros")
-    del constants["STEP"]
-    launch(
-        conv_depthwise_fwd_kernel,
-        row_grid(setting, problem.batch, x_size, x_channels * problem.groups),
-        setting,
-        grad,
-        weight.contiguous(),
-        *(None, None, None, None, grad_input, None),
-        problem.batch,
-        y_channels * problem.groups,
-        x_channels * problem.groups,
-        *problem.y_size,
-        *x_size,
-        *((0, 0, 0) if folded else problem.padding),
-        MULTIPLIER=x_channels if y_channels == 1 else 1,
-        FAN_IN=y_channels,
-        ACTIVATION=None,
-        CHANNELS_LAST=is_channels_last(grad_input),
-        ACC=accumulator_dtype(grad),
-        INDEX=index_dtype(grad, grad_input),
-        **constants,
-    )
-
-
-def _launch_depthwise_dw(
-    problem: Problem, grad: Tensor, input: Tensor, grad_weight: Tensor
+def _launch_depthwise(
+    problem: Problem,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    folded: bool,
 ) -> Tensor | None:
-    """Returns the parts of the gradient, if it was split."""
-    a, b, a_size, b_size = grad, input, problem.y_size, problem.x_size
-    if problem.options.transposed:
-        a, b, a_size, b_size = b, a, b_size, a_size
-    channels = max(a.shape[1], b.shape[1])
+    """As :func:`_launch_backward`, for depthwise convolutions."""
     setting = DEPTHWISE_CONFIGS[architecture()]["rows"]
-    row_blocks, columns = row_grid(setting, problem.batch, a_size, channels)
-    taps = math.prod(problem.kernel)
-    splits = split_count(input, columns * taps, row_blocks)
-    blocks = triton.cdiv(row_blocks, splits)
-    splits = triton.cdiv(row_blocks, blocks)
-    parts, dw = None, grad_weight
-    if splits > 1:
-        opmath = _activations.opmath_dtype(input.dtype)
-        parts = dw = grad_weight.new_empty((splits, *grad_weight.shape), dtype=opmath)
+    x_size = problem.x_size if grad_input is None else three(grad_input.shape[2:])
+    dx_programs = dw_programs = 0
+    if grad_input is not None:
+        dx_programs = math.prod(row_grid(setting, problem.batch, x_size, input.shape[1]))
+    parts, dw, blocks = None, grad_weight, 1
+    if grad_weight is not None:
+        rows = problem.x_size if problem.options.transposed else problem.y_size
+        channels = max(input.shape[1], grad.shape[1])
+        row_blocks, columns = row_grid(setting, problem.batch, rows, channels)
+        programs = columns * math.prod(problem.kernel)
+        blocks = triton.cdiv(row_blocks, split_count(input, programs, row_blocks))
+        splits = triton.cdiv(row_blocks, blocks)
+        dw_programs = programs * splits
+        if splits > 1:
+            opmath = _activations.opmath_dtype(input.dtype)
+            parts = dw = grad_weight.new_empty((splits, *grad_weight.shape), dtype=opmath)
     constants = problem.constants()
-    for unused in ("STEP", "TRANSPOSED"):
-        del constants[unused]
-    launch(
-        conv_depthwise_bwd_kernel,
-        (splits * taps, columns),
-        setting,
-        a,
-        b,
-        dw,
-        problem.batch,
-        a.shape[1],
-        b.shape[1],
-        channels,
-        *a_size,
-        *b_size,
-        *problem.padding,
-        blocks,
-        CHANNELS_LAST=is_channels_last(input),
-        ACC=accumulator_dtype(input),
-        INDEX=index_dtype(grad, input),
-        **constants,
-    )
+    del constants["STEP"]
+
+    def run(
+        grad_input: Tensor | None,
+        dw: Tensor | None,
+        x_size: Sequence[int],
+        padding: Sequence[int],
+        programs: tuple[int, int],
+    ) -> None:
+        launch(
+            conv_depthwise_bwd_kernel,
+            (sum(programs),),
+            setting,
+            grad,
+            input,
+            weight.contiguous(),
+            grad_input,
+            dw,
+            problem.batch,
+            input.shape[1],
+            grad.shape[1],
+            *x_size,
+            *problem.y_size,
+            *padding,
+            programs[0],
+            blocks,
+            MULTIPLIER=problem.x_channels if problem.y_channels == 1 else 1,
+            FAN_IN=problem.y_channels,
+            CHANNELS_LAST=is_channels_last(input),
+            ACC=accumulator_dtype(input),
+            INDEX=index_dtype(grad, input, grad_input),
+            **constants,
+        )
+
+    if not folded:
+        run(grad_input, dw, x_size, problem.padding, (dx_programs, dw_programs))
+        return parts
+    # dx is that of the padded input, dw reads the input itself: sizes and padding differ.
+    if grad_input is not None:
+        run(grad_input, None, x_size, (0, 0, 0), (dx_programs, 0))
+    if grad_weight is not None:
+        run(None, dw, problem.x_size, problem.padding, (0, dw_programs))
     return parts
 
 

@@ -127,23 +127,97 @@ def conv_depthwise_fwd_kernel(
 
 @triton.jit
 def conv_depthwise_bwd_kernel(
-    a_ptr,  # dy, or x if the convolution is transposed
-    b_ptr,  # x, or dy
-    dw_ptr,  # (splits, channels of the larger side, taps)
+    dy_ptr,
+    x_ptr,
+    w_ptr,  # (channels of the larger side, taps)
+    dx_ptr,  # or None
+    dw_ptr,  # (splits, channels of the larger side, taps), or None
     N,
-    a_channels,
-    b_channels,
-    channels,  # of the larger side
-    AD,
-    AH,
-    AW,
-    BD,
-    BH,
-    BW,
+    x_channels,
+    y_channels,
+    XD,
+    XH,
+    XW,
+    YD,
+    YH,
+    YW,
     PD,
     PH,
     PW,
+    dx_programs,
     row_blocks,  # per split
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # of the convolution that is differentiated
+    PADDING_MODE: tl.constexpr,
+    MULTIPLIER: tl.constexpr,  # of dx from dy
+    FAN_IN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The first ``dx_programs`` programs make tiles of dx, the others parts of dw."""
+    pid = tl.program_id(0)
+    if pid < dx_programs:
+        if dx_ptr is not None:
+            _bwd_dx_tile(
+                dy_ptr, w_ptr, dx_ptr, pid, N, x_channels, y_channels, XD, XH, XW, YD, YH, YW,
+                PD, PH, PW, KERNEL, STRIDE, DILATION, not TRANSPOSED, MULTIPLIER, FAN_IN,
+                CHANNELS_LAST, ACC, INDEX, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    elif dw_ptr is not None:
+        if TRANSPOSED:
+            _bwd_dw_tile(
+                x_ptr, dy_ptr, dw_ptr, pid - dx_programs, N, x_channels, y_channels,
+                XD, XH, XW, YD, YH, YW, PD, PH, PW, row_blocks, KERNEL, STRIDE, DILATION,
+                PADDING_MODE, CHANNELS_LAST, ACC, INDEX, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            _bwd_dw_tile(
+                dy_ptr, x_ptr, dw_ptr, pid - dx_programs, N, y_channels, x_channels,
+                YD, YH, YW, XD, XH, XW, PD, PH, PW, row_blocks, KERNEL, STRIDE, DILATION,
+                PADDING_MODE, CHANNELS_LAST, ACC, INDEX, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _bwd_dx_tile(
+    dy_ptr, w_ptr, dx_ptr, pid, N, x_channels, y_channels, XD, XH, XW, YD, YH, YW, PD, PH, PW,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # of the convolution that makes dx
+    MULTIPLIER: tl.constexpr,
+    FAN_IN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx: dy convolved with the same weight, the other way; rows are pixels of x."""
+    columns = tl.cdiv(x_channels, BLOCK_N)
+    rows = as_dtype(N, INDEX) * XD * XH * XW
+    row = (pid // columns).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = (pid % columns * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    mask = (row < rows)[:, None] & (channel < x_channels)[None, :]
+    n, d, h, w = pixel_of(row, XD, XH, XW)
+    total = _gathered(
+        dy_ptr, w_ptr, n, d, h, w, channel, mask, y_channels, YD, YH, YW, PD, PH, PW,
+        KERNEL, STRIDE, DILATION, TRANSPOSED, "zeros", MULTIPLIER, FAN_IN, CHANNELS_LAST,
+        ACC, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    at = image_offsets(n, d, h, w, channel, x_channels, XD, XH, XW, CHANNELS_LAST)
+    tl.store(dx_ptr + at, total.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_dw_tile(
+    a_ptr, b_ptr, dw_ptr, pid, N, a_channels, b_channels, AD, AH, AW, BD, BH, BW, PD, PH, PW,
+    row_blocks,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -153,12 +227,16 @@ def conv_depthwise_bwd_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
-    """``dw[split, c, tap] = sum a[q, c] * b[q * stride - padding + tap * dilation, c]``."""
+):  # fmt: skip
+    """``dw[split, c, tap] = sum a[q, c] * b[q * stride - padding + tap * dilation, c]``: a is dy
+    and b is x, the other way round for a transposed convolution."""
     taps: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
-    split = tl.program_id(0) // taps
-    tap = tl.program_id(0) % taps
-    channel = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    channels = tl.maximum(a_channels, b_channels)
+    columns = tl.cdiv(channels, BLOCK_N)
+    tap = pid % taps
+    column = pid // taps % columns
+    split = pid // (taps * columns)
+    channel = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     mask_c = channel < channels
     a_channel = channel // (channels // a_channels)
     b_channel = channel // (channels // b_channels)
