@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -73,10 +75,24 @@ def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
     """Interpreted kernels get their tensors in larger, poisoned buffers, and stay inside."""
     marked = request.node.get_closest_marker
     if support.INTERPRETING and marked("interpret") and not marked("unguarded"):
-        with guarded_kernels():
+        with guarded_kernels(), unchecked_integers():
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def unchecked_integers() -> Iterator[None]:
+    """Triton's interpreter does not look for overflows of integers, which takes half of its time.
+
+    Tensors that could make an offset overflow are those of the tests marked ``unguarded``.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    checked = interpreter_builder.options
+    interpreter_builder.options = dataclasses.replace(checked, sanitize_overflow=False)
+    yield
+    interpreter_builder.options = checked
 
 
 @pytest.fixture(scope="session")

@@ -173,3 +173,22 @@ def test_commands_refuse_a_gpu_that_is_not_there(command):
         pytest.skip("there is one")
     result = CliRunner().invoke(app, [command, "--device", "cuda"])
     assert result.exit_code == 2 and "finds no GPU" in result.output
+
+
+def test_dense_convolutions_with_nothing_to_fuse_are_left_to_the_vendor():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fmkernels.ops.conv.backends import CONV
+    from fmkernels.ops.conv.geometry import ConvOptions
+
+    plain = ConvOptions((1, 1), (1, 1), (1, 1), 1)
+    yields = CONV["triton"].yields_to
+    with FakeTensorMode():
+        input = torch.empty(8, 64, 28, 28, device="cuda")
+        weight, few = torch.empty(128, 64, 3, 3), torch.empty(128, 16, 3, 3)
+        assert yields(input, weight, plain)[0] == "reference"
+        assert yields(input, weight, plain._replace(activation="relu")) is None
+        assert yields(input, weight, plain._replace(transposed=True)) is None
+        assert yields(input, few, plain._replace(groups=4)) is None
+        assert yields(input, few, plain) is None
+    assert yields(torch.empty(8, 64, 28, 28), torch.empty(128, 64, 3, 3), plain) is None

@@ -120,6 +120,7 @@ def triton_backend(
     forward: str,
     backward: str,
     pack: Callable[..., Any] | None = None,
+    yields_to: Callable[..., tuple[str, str] | None] | None = None,
 ) -> Backend:
     """The backend whose kernels are in ``module``.
 
@@ -129,6 +130,7 @@ def triton_backend(
             first tensor of the problem.
         forward, backward: names of the family's ops, and of the launchers in ``module`` with the
             same signatures.
+        pack, yields_to: as in :class:`Backend`.
     """
 
     def both(*problem: Any) -> Support:
@@ -140,6 +142,7 @@ def triton_backend(
         forward=triton_op(module, forward),
         backward=triton_op(module, backward),
         pack=pack,
+        yields_to=yields_to,
     )
 
 

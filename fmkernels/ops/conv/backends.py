@@ -71,6 +71,17 @@ def _triton_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -
     return SUPPORTED
 
 
+def _triton_yields_conv(
+    input: Tensor, weight: Tensor, options: ConvOptions
+) -> tuple[str, str] | None:
+    """Many channels, all of them mixed, and nothing behind the convolution to fuse."""
+    dense = options.groups == 1 and min(weight.shape[:2]) >= 64 and input.dim() > 3
+    plain = not (options.activation or options.pool or options.transposed)
+    if input.is_cuda and dense and plain and options.padding_mode == "zeros":
+        return "reference", "a plain dense convolution is what cuDNN and MIOpen do best"
+    return None
+
+
 def _triton_supports_norm(input: Tensor) -> Support:
     return SUPPORTED
 
@@ -108,7 +119,12 @@ CONV = {
         backward=cuda.conv_backward,
     ),
     "triton": triton_backend(
-        _TRITON, _triton_supports_conv, "conv_forward", "conv_backward", triton_pack.pack_weight
+        _TRITON,
+        _triton_supports_conv,
+        "conv_forward",
+        "conv_backward",
+        triton_pack.pack_weight,
+        _triton_yields_conv,
     ),
     "reference": Backend(
         supports=_reference_supports,

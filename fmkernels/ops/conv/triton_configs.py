@@ -40,12 +40,12 @@ GATHER_CONFIGS = {
         "ieee": config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16),
     },
     "interpret": {
-        "large": config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32),
-        "narrow": config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32),
-        "stem": config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16),
-        "groups": config(4, 1, BLOCK_M=64, BLOCK_N=16, BLOCK_K=16),
-        "tf32": config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32),
-        "ieee": config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32),
+        "large": config(4, 1, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
+        "narrow": config(4, 1, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
+        "stem": config(4, 1, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16),
+        "groups": config(4, 1, BLOCK_M=128, BLOCK_N=16, BLOCK_K=16),
+        "tf32": config(4, 1, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
+        "ieee": config(4, 1, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
     },
 }
 # Of the backward kernel, whose tiles are of the input's gradient (pixels x channels) and of the
@@ -80,7 +80,7 @@ BACKWARD_CONFIGS = {
         "ieee": config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16),
     },
     "interpret": {
-        name: config(4, 1, BLOCK_M=32, BLOCK_N=32, BLOCK_K=64)
+        name: config(4, 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128)
         for name in ("large", "narrow", "groups", "tf32", "ieee")
     },
 }
@@ -90,7 +90,7 @@ DEPTHWISE_CONFIGS = {
         arch: {"rows": config(4, 2, BLOCK_M=64, BLOCK_N=64)}
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
     },
-    "interpret": {"rows": config(4, 1, BLOCK_M=64, BLOCK_N=32)},
+    "interpret": {"rows": config(4, 1, BLOCK_M=128, BLOCK_N=32)},
 }
 # Bound by memory: 32 elements per thread, so that each reads 16 bytes at a time.
 ROW_CONFIGS = {
@@ -98,5 +98,5 @@ ROW_CONFIGS = {
         arch: {"rows": config(4, 1, BLOCK_M=64, BLOCK_N=64)}
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
     },
-    "interpret": {"rows": config(4, 1, BLOCK_M=64, BLOCK_N=32)},
+    "interpret": {"rows": config(4, 1, BLOCK_M=128, BLOCK_N=32)},
 }
