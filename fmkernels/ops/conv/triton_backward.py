@@ -41,6 +41,7 @@ from fmkernels.ops.conv.triton_problem import (
     config_family,
     make_problem,
     row_grid,
+    tap_stride,
     three,
     weight_for_kernels,
     weight_strides,
@@ -288,7 +289,7 @@ def _launch_backward(
         if splits > 1:
             opmath = _activations.opmath_dtype(input.dtype)
             parts = dw = weight.new_empty((splits, *grad_weight.shape), dtype=opmath)
-    dw_strides = (0, 0) if dw is None else (grad_weight.stride(1), grad_weight.stride(-1))
+    dw_strides = (0, 0) if dw is None else (grad_weight.stride(1), tap_stride(grad_weight))
     arguments = (
         problem.batch, *x_size, *problem.y_size, *q_size, problem.x_channels, problem.y_channels,
         problem.groups, *weight_strides(weight, problem), *dw_strides,

@@ -481,4 +481,5 @@ def _bwd_dw_tile(
     first_row = (split.to(tl.int64) * groups + group) * A
     offs = (first_row + offs_a)[:, None] * (B * taps) + offs_b[None, :] * stride_b
     mask = mask_a[:, None] & mask_b[None, :]
-    tl.store(dw_ptr + offs + tap * stride_t, accumulator.to(dw_ptr.dtype.element_ty), mask=mask)
+    offs += tap * stride_t
+    tl.store(dw_ptr + offs, accumulator.to(dw_ptr.dtype.element_ty), mask=mask)

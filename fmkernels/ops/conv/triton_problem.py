@@ -104,10 +104,15 @@ def weight_for_kernels(weight: Tensor) -> Tensor:
 def weight_strides(weight: Tensor, problem: Problem) -> tuple[int, int, int, int]:
     """Of a group, a channel of the result, a channel of the input, and a tap."""
     outer, inner = weight.stride(0), weight.stride(1)
-    tap = weight.stride(-1)
+    tap = tap_stride(weight)
     if problem.options.transposed:
         return problem.x_channels * outer, inner, outer, tap
     return problem.y_channels * outer, outer, inner, tap
+
+
+def tap_stride(weight: Tensor) -> int:
+    """0 for a single tap: torch's 1 would hide from the compiler that loads are aligned."""
+    return 0 if math.prod(weight.shape[2:]) == 1 else weight.stride(-1)
 
 
 def config_family(tensor: Tensor, precision: str) -> str:
