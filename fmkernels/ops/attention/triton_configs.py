@@ -3,10 +3,8 @@
 A case is the operands' width in bits and the padded head width, ``"16-128"`` or, for scores that
 are more than products, ``"16-128-rich"``. An entry should compile without a spill for its chip
 with aligned strides, fit its shared and tensor memory, and use its matrix unit: ``python
-benchmarks/gpu_static.py --match attention`` judges that. So far it was seen for bfloat16, causal,
-with 64 features on sm_90 and with 128 on sm_80 and sm_90; the other entries have not been
-compiled since they were last changed. They come from compiled code (registers, occupancy), not
-from timings: no GPU was at hand.
+benchmarks/gpu_static.py --match attention`` judges that. They come from compiled code
+(registers, occupancy), not from timings: no GPU was at hand.
 """
 
 from __future__ import annotations
