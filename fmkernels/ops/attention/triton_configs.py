@@ -46,10 +46,12 @@ def _interpreted(m: int, n: int) -> dict[str, Config]:
 
 
 _TINY = (16, 16, 4, 1)
+_WIDE = (16, 16, 8, 1)  # at 512 features on NVIDIA, where 4 warps spill
 _SMALL = (32, 32, 4, 1)
 _FULL_PRECISION = ((32, 32, 4, 1), (32, 16, 4, 1), _TINY, _TINY)
 # Of the forward on NVIDIA, which spills with 4 warps at 128 features.
 _FULL_FORWARD = ((32, 32, 4, 1), (32, 16, 8, 1), _TINY, _TINY)
+_FULL_KEYS_VALUES = (*_FULL_PRECISION[:3], _WIDE)
 
 FORWARD: Table = {
     "sm_80": _cases(
@@ -57,19 +59,19 @@ FORWARD: Table = {
         ((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 1), (16, 32, 4, 1)),
         ((64, 32, 4, 1), (64, 32, 8, 1), _SMALL, _TINY),
     )
-    | _cases(4, _FULL_FORWARD, ()),
+    | _cases(4, _FULL_FORWARD, ((32, 16, 4, 1),)),
     "sm_90": _cases(
         2,
         ((128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
         ((128, 64, 8, 2), (128, 64, 8, 2), _SMALL, _TINY),
     )
-    | _cases(4, _FULL_FORWARD, ()),
+    | _cases(4, _FULL_FORWARD, ((32, 16, 4, 1),)),
     "sm_100": _cases(
         2,
         ((128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1), (16, 32, 4, 1)),
         ((64, 64, 8, 2), (64, 64, 8, 2), _SMALL, _TINY),
     )
-    | _cases(4, _FULL_FORWARD, ()),
+    | _cases(4, _FULL_FORWARD, ((32, 16, 4, 1),)),
     "gfx942": _cases(
         2,
         ((128, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), _TINY),
@@ -82,22 +84,22 @@ FORWARD: Table = {
 KEYS_VALUES: Table = {
     "sm_80": _cases(
         2,
-        ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1), _TINY),
-        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+        ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1), _WIDE),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _WIDE),
     )
-    | _cases(4, _FULL_PRECISION, ()),
+    | _cases(4, _FULL_KEYS_VALUES, ()),
     "sm_90": _cases(
         2,
-        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)),
-        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1), _WIDE),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _WIDE),
     )
-    | _cases(4, _FULL_PRECISION, ()),
+    | _cases(4, _FULL_KEYS_VALUES, ()),
     "sm_100": _cases(
         2,
-        ((64, 128, 8, 2), (64, 128, 8, 2), (16, 32, 4, 1), _TINY),
-        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+        ((64, 128, 8, 2), (64, 128, 8, 2), (16, 32, 4, 1), _WIDE),
+        (_SMALL, _SMALL, (16, 32, 4, 1), _WIDE),
     )
-    | _cases(4, _FULL_PRECISION, ()),
+    | _cases(4, _FULL_KEYS_VALUES, ()),
     "gfx942": _cases(
         2,
         ((64, 64, 4, 2), (32, 64, 4, 1), _TINY, _TINY),
@@ -140,12 +142,12 @@ MASK: Table = {
     arch: {
         case(size, width, True): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
         for size, tiles in (
-            (2, (_SMALL, _SMALL, _TINY, _TINY)),
-            (4, _FULL_PRECISION),
+            (2, (_SMALL, _SMALL, _TINY, widest)),
+            (4, (*_FULL_PRECISION[:3], widest)),
         )
         for width, tile in zip(_WIDTHS, tiles, strict=True)
     }
-    for arch in _ARCHITECTURES
+    for arch, widest in (("sm_80", _WIDE), ("sm_90", _WIDE), ("sm_100", _WIDE), ("gfx942", _TINY))
 } | {"interpret": _interpreted(64, 64)}
 
 # Rows are queries times the heads of a group; 16 is the least that a matrix instruction takes.
