@@ -133,6 +133,14 @@ def test_few_rows(rows, residual, dtype, backend):
     check(arguments, backend, "silu" if dtype.itemsize > 2 else None)
 
 
+@pytest.mark.parametrize("rows", [40, 700, 1400])
+@dtypes
+def test_weight_gradient_over_many_wide_rows(rows, dtype, backend):
+    """A is copied tile by tile, in strips of 32 rows and chunks of the reduction."""
+    arguments = make_arguments(((rows,), 130, 517), dtype, residual=False)
+    check(arguments, backend)
+
+
 def test_products_larger_than_the_caches(backend):
     """Several panels at a time, the reduction in chunks, more rows than one block."""
     arguments = make_arguments(((1100,), 1500, 260), torch.float32)

@@ -23,6 +23,11 @@ struct StoreAccumulators {
     FMK_FOR (i, MR)
       FMK_FOR (j, NV) store(out + i * ld + j * V::W, acc[i][j]);
   }
+  template <int MR, int NV>
+  FMK_LAMBDA void prefetch() const {
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) __builtin_prefetch(out + i * ld + j * V::W, 1);
+  }
   StoreAccumulators at_row(int64_t row) const { return {out + row * ld, ld}; }
 };
 
@@ -113,6 +118,13 @@ struct Epilogue {
         FMK_FOR (j, NV) acc[i][j] = min(high, acc[i][j]);
     }
     store_tile(out, acc);
+  }
+
+  // Asks for the lines that run() writes.
+  template <int MR, int NV>
+  FMK_LAMBDA void prefetch() const {
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) __builtin_prefetch(out + i * ld_out + j * V::W, 1);
   }
 
   template <int MR, int NV>

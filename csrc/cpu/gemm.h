@@ -9,9 +9,7 @@
 // panel (pack.h), read once, in order, through the whole batch.
 #pragma once
 
-#include "core/parallel.h"
-#include "cpu/epilogue.h"
-#include "cpu/pack.h"
+#include "cpu/gemm_few_rows.h"
 
 namespace fmk::FMK_ISA {
 
@@ -35,6 +33,10 @@ struct TileOperands {
   const Elem* init = nullptr;  // [MR][ld_init] added to the sums; null: zero
   int64_t ld_init = 0;
   int64_t init_vec_step = Mac::V::W;  // from one vector of a row of init to the next
+  // What is read after this tile and lies far away: asked for bit by bit, ahead_step bytes per word
+  // of the reduction. Null: nothing.
+  const void* ahead = nullptr;
+  int64_t ahead_step = 0;
 };
 
 // A fused multiply-add takes several cycles, so a tile of few accumulators would wait for itself:
@@ -62,14 +64,18 @@ FMK_INLINE void prefetch_panel(const typename Mac::Word* b, int64_t ldb) {
 template <class Mac, int MR, int NV, int kSums>
 FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
                                 const typename Mac::Word* const* rows, int64_t words,
-                                const typename Mac::Word* b, int64_t ldb, int64_t first = 0) {
+                                const typename Mac::Word* b, int64_t ldb, int64_t first = 0,
+                                const char* ahead = nullptr, int64_t ahead_step = 0) {
   using V = typename Mac::V;
+  if (!ahead) ahead = reinterpret_cast<const char*>(b);
   const typename Mac::Word* row[MR];
   FMK_FOR (i, MR) row[i] = rows[i] + first;
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
     prefetch_panel<Mac, NV>(b, ldb);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead_step;
     FMK_FOR (i, MR) {
       const V x = Mac::splat_word(row[i] + k);
       FMK_FOR (j, NV) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
@@ -112,16 +118,25 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   constexpr int kSums = kReductionMajor ? 1 : kPartialSums<MR, NV>;
   V acc[kSums][MR][NV];
   clear_sums(acc);
+  if constexpr (requires { finish.template prefetch<MR, NV>(); })
+    finish.template prefetch<MR, NV>();
+  if (in.init) {
+    FMK_FOR (i, MR)
+      FMK_FOR (j, NV) __builtin_prefetch(in.init + i * in.ld_init + j * in.init_vec_step);
+  }
   const Word* b = in.b;
   const int64_t words = in.words, ldb = in.ldb ? in.ldb : NV * V::W;
   if constexpr (kReductionMajor) {
-    const int64_t lda = in.lda;
+    const int64_t lda = in.lda, ahead_step = in.ahead ? in.ahead_step : 0;
+    const char* ahead = reinterpret_cast<const char*>(in.ahead ? in.ahead : b);
     for (int64_t element = 0; element < in.batch; ++element) {
       const Word* a = in.rows ? in.rows[element] : in.a;
       for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
         V panel[NV];
         FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
         prefetch_panel<Mac, NV>(b, ldb);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
         FMK_FOR (i, MR) {
           const V x = Mac::splat_word(a + i);
           FMK_FOR (j, NV) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
@@ -132,7 +147,8 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
     const Word* const* rows = in.rows;
     const int64_t rows_step = in.batch_step ? 0 : MR;
     for (int64_t element = 0; element < in.batch; ++element, rows += rows_step, b += words * ldb)
-      accumulate_rows<Mac>(acc, rows, words, b, ldb, element * in.batch_step);
+      accumulate_rows<Mac>(acc, rows, words, b, ldb, element * in.batch_step,
+                           static_cast<const char*>(in.ahead), in.ahead_step);
   }
   add_sums(acc, in.init, in.ld_init, in.init_vec_step);
   finish.template run<MR, NV>(acc[0]);
@@ -185,37 +201,14 @@ FMK_INLINE void run_tile_with_epilogue(int rows, int vecs, const TileOperands<Ma
 // Splits `count` rows into tiles as equal as possible: sixes and a remainder of one would waste the
 // last tile.
 struct RowTiles {
-  int64_t count, tiles;
-  FMK_INLINE RowTiles of(int64_t rows, int vecs) { return {rows, ceil_div(rows, kTileRows[vecs])}; }
-  int64_t begin(int64_t tile) const { return count * tile / tiles; }
-  int rows(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
-};
-
-// C[m][n] = epilogue(A B). B is either packed beforehand (panels of PanelSplit::of(n), each
-// [words_of(k)][width]) or a plain matrix that every thread packs panel by panel.
-template <class T>
-struct GemmProblem {
-  int64_t m = 0, n = 0, k = 0;
-  const T* a = nullptr;
-  int64_t lda = 0;
-  bool a_reduction_major = false;  // A[m][k] at a[k * lda + m] instead of a[m * lda + k]
-  const Word<T>* packed_b = nullptr;
-  const T* b = nullptr;
-  int64_t ldb = 0;
-  bool b_transposed =
-      false;  // B[k][n] at b[n * ldb + k] (a weight matrix) instead of b[k * ldb + n]
-  // Two products at once, for an epilogue with a step that combines them: with the transposed
-  // matrices b_first and b, which share ldb. Panels are paired (PanelSplit), b_first before b, and
-  // so is packed_b.
-  bool paired = false;
-  const T* b_first = nullptr;
-  // For column 0; scale and shift of PanelSplit::padded_columns() elements. Of a paired product the
-  // columns that count are those of one matrix, and column numbers those of the pair.
-  Epilogue<T> epilogue;
-
-  PanelSplit<Vec<T>> split() const {
-    return paired ? PanelSplit<Vec<T>>::paired(n) : PanelSplit<Vec<T>>::of(n);
+  int64_t tiles;
+  EvenSplit split;
+  FMK_INLINE RowTiles of(int64_t rows, int vecs) {
+    const int64_t tiles = ceil_div(rows, kTileRows[vecs]);
+    return {tiles, EvenSplit::of(rows, tiles)};
   }
+  int64_t begin(int64_t tile) const { return split.begin(tile); }
+  int rows(int64_t tile) const { return static_cast<int>(split.size(tile)); }
 };
 
 // Reduction steps after which a tile's accumulators go through memory: a chunk of B (256 KB) then
@@ -231,48 +224,6 @@ constexpr int64_t kGroupBytes = 512 * 1024;
 constexpr int64_t kGroupBytes = 128 * 1024;
 #endif
 constexpr int64_t kSmallOperandBytes = kGroupBytes / 2, kMaxGroup = 8;
-// Below this much arithmetic, on an operand of less than kSerialBytes, a fork costs more than it
-// gives (about 20 us of one core).
-constexpr double kSerialFlops = 4e6;
-constexpr int64_t kSerialBytes = 256 * 1024;
-// Products of at most so many rows read each number of B once: packing would double the traffic.
-constexpr int64_t kUnpackedRows = 4;
-
-template <class T>
-FMK_INLINE int64_t packed_words(int64_t n, int64_t k) {
-  return PanelSplit<Vec<T>>::of(n).padded_columns() * words_of<T>(k);
-}
-
-// One panel of C: its columns in the padded product, and those of its (or each of its two)
-// matrices.
-struct PanelPlace {
-  int vecs;
-  int64_t column, width;       // with padding
-  int64_t first, part, valid;  // of a matrix: first column, columns in the panel, without padding
-  template <class T>
-  FMK_INLINE PanelPlace of(const GemmProblem<T>& p, int64_t panel) {
-    const auto split = p.split();
-    const int vecs = split.width_vecs(panel);
-    const int64_t column = split.column(panel), width = vecs * Vec<T>::W;
-    const int64_t halves = p.paired ? 2 : 1, first = column / halves, part = width / halves;
-    return {vecs, column, width, first, part, min_of<int64_t>(p.n - first, part)};
-  }
-};
-
-// Words [word0, word1) of a panel of B, packed.
-template <class T>
-FMK_INLINE void pack_panel(const GemmProblem<T>& p, const PanelPlace& at, int64_t k0, int64_t k,
-                           Word<T>* to) {
-  if (p.paired)
-    pack_columns_into_panel(p.b_first + at.first * p.ldb + k0, p.ldb, k, at.valid, at.part, to,
-                            at.width);
-  if (p.b_transposed)
-    pack_columns_into_panel(p.b + at.first * p.ldb + k0, p.ldb, k, at.valid, at.part,
-                            to + (at.width - at.part), at.width);
-  else
-    pack_rows_as_panel(p.b + k0 * p.ldb + at.first, p.ldb, k, at.valid, at.width, to);
-}
-
 // The number of reduction chunks.
 template <class T>
 FMK_INLINE int64_t chunk_count(const GemmProblem<T>& p) {
@@ -300,10 +251,6 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t gro
   // Reduction-major words are usable in place only if a word is one number: pairs lie on two
   // different rows.
   const bool a_in_place = kWordsInPlace<T> && (p.a_reduction_major ? kPair == 1 : p.k % kPair == 0);
-  // A few rows read a row-major B where it lies, if no panel ends within a vector.
-  const bool b_in_place = kWordsInPlace<T> && kPair == 1 && !p.packed_b && !p.b_transposed &&
-                          !p.a_reduction_major && rows <= kUnpackedRows &&
-                          at[group - 1].valid == at[group - 1].width;
 
   Acc<T>* partial = nullptr;
   if (chunks > 1)
@@ -313,7 +260,7 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t gro
     const int64_t word0 = words * chunk / chunks, word1 = words * (chunk + 1) / chunks;
     const int64_t k0 = word0 * kPair, k1 = min_of(p.k, word1 * kPair);
     Word<T>* packed = nullptr;
-    if (!p.packed_b && !b_in_place) {
+    if (!p.packed_b) {
       packed = static_cast<Word<T>*>(
           scratch_bytes(Scratch::kPanel, (word1 - word0) * group_width * sizeof(Word<T>)));
       for (int64_t g = 0; g < group; ++g)
@@ -353,16 +300,27 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t gro
           row_pointers[i] = reinterpret_cast<const Word<T>*>(reinterpret_cast<const char*>(a) +
                                                              (row + i) * row_bytes);
         in.rows = row_pointers;
+        // The rows of the next tile: all of them, a share with each panel, where A is dense and
+        // they lie side by side; else how they begin, and a prefetcher follows.
+        if (a_in_place && t + 1 < tiles.tiles) {
+          const char* next = reinterpret_cast<const char*>(a) + (row + tile_rows) * row_bytes;
+          if (chunks == 1 && p.lda == p.k) {
+            in.ahead = next;
+            in.ahead_step = tile_rows * static_cast<int>(sizeof(Word<T>)) / static_cast<int>(group);
+          } else {
+            for (int i = 0; i < tiles.rows(t + 1); ++i)
+              FMK_FOR (line, 2) __builtin_prefetch(next + i * row_bytes + 64 * line, 0, 2);
+          }
+        }
       }
       for (int64_t g = 0; g < group; ++g) {
         const PanelPlace& to = at[g];
+        if (in.ahead && g > 0)
+          in.ahead = static_cast<const char*>(in.ahead) + in.words * in.ahead_step;
         if (p.packed_b) {
           in.b = p.packed_b + to.column * words + word0 * to.width;
-        } else if (packed) {
-          in.b = packed + (to.column - first_column) * (word1 - word0);
         } else {
-          in.b = reinterpret_cast<const Word<T>*>(p.b + k0 * p.ldb + to.first);
-          in.ldb = p.ldb;
+          in.b = packed + (to.column - first_column) * (word1 - word0);
         }
         Acc<T>* sums = partial + (to.column - first_column) * rows + row * to.width;
         if (chunk > 0) in.init = sums, in.ld_init = to.width;
@@ -382,63 +340,6 @@ FMK_NOINLINE void gemm_block(const GemmProblem<T>& p, int64_t panel, int64_t gro
       }
     }
   }
-}
-
-// z[i][j] = a[i] . b[j], MR rows of A with kColumns rows of a transposed B, all as they lie.
-template <class T, int MR, int kColumns>
-FMK_NOINLINE void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k, Acc<T>* z,
-                           int64_t ld_z) {
-  using V = Vec<T>;
-  V acc[MR][kColumns];
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) acc[i][j] = zero<V>();
-  const auto step = [&](int64_t at, int lanes) FMK_LAMBDA {
-    const bool whole = lanes == V::W;
-    V x[MR];
-    FMK_FOR (i, MR) x[i] = whole ? load(a + i * lda + at) : load(a + i * lda + at, lanes);
-    FMK_FOR (j, kColumns) {
-      const V y = pin(whole ? load(b + j * ldb + at) : load(b + j * ldb + at, lanes));
-      FMK_FOR (i, MR) acc[i][j] = fma(x[i], y, acc[i][j]);
-    }
-  };
-  int64_t at = 0;
-  for (; at + V::W <= k; at += V::W) step(at, V::W);
-  if (at < k) step(at, static_cast<int>(k - at));
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) z[i * ld_z + j] = reduce_add(acc[i][j]);
-}
-
-template <class T, int MR>
-FMK_INLINE void dot_columns(const GemmProblem<T>& p, const T* b, int64_t columns, Acc<T>* z,
-                            int64_t ld_z) {
-#if defined(__AVX512F__)
-  constexpr int kColumns = MR <= 2 ? 8 : 4;
-#else
-  constexpr int kColumns = MR <= 2 ? 4 : 2;
-#endif
-  int64_t j = 0;
-  for (; j + kColumns <= columns; j += kColumns)
-    dot_tile<T, MR, kColumns>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
-  for (; j < columns; ++j) dot_tile<T, MR, 1>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
-}
-
-// All rows of one panel of C, for at most kUnpackedRows rows and a transposed B.
-template <class T>
-FMK_NOINLINE void dot_block(const GemmProblem<T>& p, int64_t panel) {
-  const PanelPlace at = PanelPlace::of(p, panel);
-  alignas(64) Acc<T> z[kUnpackedRows * kPanelVecs * Vec<T>::W] = {};
-  const auto columns_of = [&](const T* matrix, Acc<T>* to) FMK_LAMBDA {
-    const T* b = matrix + at.first * p.ldb;
-    switch (p.m) {
-      case 1: return dot_columns<T, 1>(p, b, at.valid, to, at.width);
-      case 2: return dot_columns<T, 2>(p, b, at.valid, to, at.width);
-      case 3: return dot_columns<T, 3>(p, b, at.valid, to, at.width);
-      case 4: return dot_columns<T, 4>(p, b, at.valid, to, at.width);
-    }
-  };
-  if (p.paired) columns_of(p.b_first, z);
-  columns_of(p.b, z + (at.width - at.part));
-  p.epilogue.at_panel(at.column, at.valid).run_rows(z, at.width, p.m);
 }
 
 // How C is shared out: units of one panel and a block of rows, the panels of a block side by side,
@@ -479,13 +380,7 @@ FMK_INLINE void gemm(const GemmProblem<T>& p, const Parallel& pool) {
           kSerialFlops &&
       p.n * p.k * static_cast<int64_t>(sizeof(T)) < kSerialBytes;
   const int64_t threads = serial ? 1 : pool.threads;
-  if (p.m <= kUnpackedRows && p.b_transposed && !p.packed_b && !p.a_reduction_major) {
-    const int64_t panels = p.split().count, shards = min_of(threads, panels);
-    return parallel_for(pool, shards, [&](int64_t shard) {
-      const int64_t end = panels * (shard + 1) / shards;
-      for (int64_t panel = panels * shard / shards; panel < end; ++panel) dot_block(p, panel);
-    });
-  }
+  if (has_few_rows(p)) return few_rows_gemm(p, threads, pool);
   const GemmUnits units = GemmUnits::of(p, threads);
   const int64_t shards = min_of(threads, units.count());
   parallel_for(pool, shards, [&](int64_t shard) {
