@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from fmkernels.ops.attention import philox
+from fmkernels.ops import _dropout
 
 
 def attend(
@@ -84,5 +84,5 @@ def dropout_factors(seed, dropout_p, shape):
     """0 or 1 / (1 - p) for each weight of a contiguous (B, H, Sq, Sk)."""
     batch, heads, queries, keys = shape
     rows = torch.arange(batch * heads * queries).view(batch, heads, queries, 1)
-    kept = philox.kept(seed, dropout_p, rows, torch.arange(keys))
-    return kept.to(torch.float64) * philox.keep_factor(dropout_p)
+    kept = _dropout.kept(seed, dropout_p, rows, torch.arange(keys))
+    return kept.to(torch.float64) * _dropout.factor(dropout_p)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmkernels.functional as FF
 from fmkernels import testing
-from fmkernels.ops.attention import philox, reference
+from fmkernels.ops import _dropout
+from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import SDPA
 from fmkernels.ops.attention.schema import Options
 
@@ -39,7 +40,7 @@ def make_options(kind, query, key):
         attn_mask=testing.normal(1, heads, queries, key.size(2), dtype=query.dtype),
         alibi_slopes=torch.rand(batch, heads, dtype=wide),
         sinks=torch.rand(heads, dtype=wide),
-        dropout_seed=philox.draw_seed(query.device),
+        dropout_seed=_dropout.new_seed(query.device),
         window_left=8,
         window_right=5,
         scale=0.5,

@@ -32,7 +32,7 @@ FLOORS = (
 # A part may be several files: "schema_pool" belongs to "schema".
 FAMILY_FLOORS = (
     ("geometry", "sequences"),
-    ("schema", "philox"),
+    ("schema",),
     ("reference", "triton", "cuda"),
     ("backends",),
     ("autograd",),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/attention_blocks.h"
+#include "cpu/dropout.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -284,25 +285,6 @@ FMK_INLINE void score_block(const AttentionProblem& p, const Queries<Vec<T>>& qu
 
 // --- dropout ---
 
-// Philox4x32-10 of N counters at a time, in terms a compiler vectorises; ops/attention/philox.py
-// says what for.
-template <int N>
-FMK_INLINE void philox(uint32_t (&c)[4][N], uint64_t seed) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < N; ++i) {
-      const uint64_t first = uint64_t{0xD2511F53} * c[0][i];
-      const uint64_t second = uint64_t{0xCD9E8D57} * c[2][i];
-      c[0][i] = static_cast<uint32_t>(second >> 32) ^ c[1][i] ^ k0;
-      c[1][i] = static_cast<uint32_t>(second);
-      c[2][i] = static_cast<uint32_t>(first >> 32) ^ c[3][i] ^ k1;
-      c[3][i] = static_cast<uint32_t>(first);
-    }
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-}
-
 // factors[k][lane] for keys [key0, key0 + count), key0 a multiple of four: 0, or what a kept weight
 // is multiplied by. Writes up to a whole number of fours.
 template <class V>
@@ -329,7 +311,7 @@ FMK_NOINLINE void dropout_factors(const AttentionProblem& p, const QueryBlock& b
         words[2][i] = static_cast<uint32_t>((key0 + k) >> 2);
         words[3][i] = 0;
       }
-      philox<W>(words, p.dropout.seed);
+      philox(words, p.dropout.seed);
       for (int word = 0; word < 4; ++word)
         for (int i = 0; i < W; ++i)
           factors[(k + word) * lanes + j * W + i] =

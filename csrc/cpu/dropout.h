@@ -5,36 +5,40 @@
 
 namespace fmk::FMK_ISA {
 
-constexpr int kPhiloxCounters = 16, kPhiloxWords = 4 * kPhiloxCounters;
-
-// Philox 4x32-10 (Salmon et al., SC 2011): words[4 * i + w] is word w of the counter
-// (row, first + i, 0), key = seed; see fmkernels/ops/_dropout.py. Plain loops over lanes, which the
-// compiler turns into vectors.
-FMK_NOINLINE void philox(uint64_t seed, uint64_t row, uint32_t first, uint32_t* words) {
-  uint32_t c0[kPhiloxCounters], c1[kPhiloxCounters], c2[kPhiloxCounters], c3[kPhiloxCounters];
-  for (int i = 0; i < kPhiloxCounters; ++i) {
-    c0[i] = static_cast<uint32_t>(row);
-    c1[i] = static_cast<uint32_t>(row >> 32);
-    c2[i] = first + static_cast<uint32_t>(i);
-    c3[i] = 0;
-  }
+// Philox 4x32-10 (Salmon et al., SC 2011) of N counters c[word][i], which become the random words;
+// fmkernels/ops/_dropout.py says what for. Plain loops over lanes, which the compiler turns into
+// vectors.
+template <int N>
+FMK_INLINE void philox(uint32_t (&c)[4][N], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kPhiloxCounters; ++i) {
-      const uint64_t a = uint64_t{0xD2511F53} * c0[i], b = uint64_t{0xCD9E8D57} * c2[i];
-      c0[i] = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ key0;
-      c1[i] = static_cast<uint32_t>(b);
-      c2[i] = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ key1;
-      c3[i] = static_cast<uint32_t>(a);
+    for (int i = 0; i < N; ++i) {
+      const uint64_t first = uint64_t{0xD2511F53} * c[0][i];
+      const uint64_t second = uint64_t{0xCD9E8D57} * c[2][i];
+      c[0][i] = static_cast<uint32_t>(second >> 32) ^ c[1][i] ^ key0;
+      c[1][i] = static_cast<uint32_t>(second);
+      c[2][i] = static_cast<uint32_t>(first >> 32) ^ c[3][i] ^ key1;
+      c[3][i] = static_cast<uint32_t>(first);
     }
-    key0 += 0x9E3779B9, key1 += 0xBB67AE85;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
   }
+}
+
+constexpr int kPhiloxCounters = 16, kPhiloxWords = 4 * kPhiloxCounters;
+
+// words[4 * i + w]: word w of the counter (row, first + i, 0).
+FMK_NOINLINE void philox_row(uint64_t seed, uint64_t row, uint32_t first, uint32_t* words) {
+  uint32_t c[4][kPhiloxCounters];
   for (int i = 0; i < kPhiloxCounters; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
+    c[0][i] = static_cast<uint32_t>(row);
+    c[1][i] = static_cast<uint32_t>(row >> 32);
+    c[2][i] = first + static_cast<uint32_t>(i);
+    c[3][i] = 0;
   }
+  philox(c, seed);
+  for (int i = 0; i < kPhiloxCounters; ++i)
+    for (int word = 0; word < 4; ++word) words[4 * i + word] = c[word][i];
 }
 
 // What elements [column, column + n) of a row are multiplied by: 0 or dropout.factor.
@@ -48,8 +52,8 @@ FMK_NOINLINE void dropout_factors(const Dropout& dropout, int64_t row, int64_t c
   alignas(64) uint32_t words[kPhiloxWords];
   int64_t skip = column % 4;
   for (int64_t done = 0; done < n;) {
-    philox(dropout.seed, static_cast<uint64_t>(row),
-           static_cast<uint32_t>((column + done - skip) / 4), words);
+    philox_row(dropout.seed, static_cast<uint64_t>(row),
+               static_cast<uint32_t>((column + done - skip) / 4), words);
     const int64_t count = min_of<int64_t>(n - done, kPhiloxWords - skip);
     for (int64_t i = 0; i < count; ++i)
       factors[done + i] = words[skip + i] >= threshold ? factor : E(0);

@@ -134,7 +134,7 @@ def scaled_dot_product_attention(
             with ``is_causal``.
         dropout_p: probability of zeroing a weight. As in torch it is applied whenever it is
             positive: pass 0 in evaluation. The weights kept are a function of one seed drawn from
-            torch's default generator, given in ``fmkernels/ops/attention/philox.py``.
+            torch's default generator, given in ``fmkernels/ops/_dropout.py``.
         is_causal: query i sees keys 0..i (aligned at the top left when Sq and Sk differ).
         scale: factor on the scores; None means ``1 / sqrt(D)``.
         enable_gqa: key and value may have fewer heads than the query, a divisor of its number.

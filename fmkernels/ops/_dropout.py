@@ -4,6 +4,10 @@ Element ``(row, column)`` of a matrix is dropped when word ``column % 4`` of Phi
 et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is below ``p * 2**32``; the counter
 is ``(row % 2**32, row // 2**32, column // 4, 0)`` and the key the two halves of the seed. Forward,
 backward and every backend thus agree on the mask, bit by bit.
+
+Of attention's weights the row is the query's index in the contiguous ``lse``, that is
+``(b * Hq + h) * Sq + i``, for packed sequences ``h * total_q + t``; the column is the key's
+position in its sequence.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -29,19 +36,36 @@ def factor(p: float) -> float:
     return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
 
 
+def words(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four words of Philox 4x32-10 for 32-bit counters held in int64, broadcast."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(_ROUNDS):
+        # int64 products wrap; their 64 bits are those of the unsigned product.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((second >> 32) & _LOW) ^ c1 ^ key0, second & _LOW
+        c2, c3 = ((first >> 32) & _LOW) ^ c3 ^ key1, first & _LOW
+        key0, key1 = (key0 + _KEY_STEPS[0]) & _LOW, (key1 + _KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def kept(seed: Tensor, p: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """Whether each element is kept, bool of the broadcast shape of ``rows`` and ``columns``.
+
+    Args:
+        seed: int64 ``(1,)``.
+        rows, columns: int64; a column of -1 is allowed, its answer being arbitrary.
+    """
+    rows, columns = torch.broadcast_tensors(rows, columns)
+    zero = torch.zeros_like(rows)
+    drawn = words(seed, (rows & _LOW, (rows >> 32) & _LOW, (columns >> 2) & _LOW, zero))
+    word = torch.stack(drawn, dim=-1).gather(-1, (columns & 3).unsqueeze(-1)).squeeze(-1)
+    return word >= threshold(p)
+
+
 def factors(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
     """What each element of a (rows, columns) matrix is multiplied by: 0 or :func:`factor`."""
     device = seed.device
-    counter = torch.arange((columns + 3) // 4, device=device)
     row = torch.arange(rows, device=device).unsqueeze(1)
-    c0, c1 = ((half & _LOW).expand(-1, counter.numel()) for half in (row, row >> 32))
-    c2, c3 = (counter & _LOW).expand(rows, -1), torch.zeros_like(c0)
-    key0, key1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        # int64 products wrap; their 64 bits are those of the unsigned product.
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((second >> 32) & _LOW) ^ c1 ^ key0, second & _LOW
-        c2, c3 = ((first >> 32) & _LOW) ^ c3 ^ key1, first & _LOW
-        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
-    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :columns]
-    return (words >= threshold(p)).to(dtype) * factor(p)
+    mask = kept(seed, p, row, torch.arange(columns, device=device))
+    return mask.to(dtype) * factor(p)

@@ -56,7 +56,7 @@ class Options(NamedTuple):
             ``cu[n] .. cu[n + 1] - 1`` are sequence n, which sees only its own keys. Positions i
             and j then count from the start of the sequence. No mask; alibi_slopes may then be
             ``(sequences, Hq)``.
-        dropout_seed: int64 ``(1,)`` where dropout_p > 0, see ``philox.py``.
+        dropout_seed: int64 ``(1,)`` where dropout_p > 0, see ``ops/_dropout.py``.
         window_left, window_right: keys visible before and after the query's position; -1: all.
             Causal attention is ``window_right = 0``.
         scale: factor on the scores, any number.

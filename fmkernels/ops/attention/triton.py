@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fmkernels.ops import _dropout
 from fmkernels.ops._triton.launch import Config, Table, architecture, dot_precision, launch
 from fmkernels.ops._triton.support import unsupported
-from fmkernels.ops.attention import philox
 from fmkernels.ops.attention import triton_configs as configs
 from fmkernels.ops.attention.schema import Options, empty_output
 from fmkernels.ops.attention.triton_backward import (
@@ -99,8 +99,8 @@ class _Problem:
             min(right, longest) if right >= 0 else None,
             float(options.scale),
             float(options.softcap) if options.softcap > 0.0 else None,
-            _as_int32(philox.threshold(options.dropout_p)) if dropout else None,
-            float(philox.keep_factor(options.dropout_p)) if dropout else None,
+            _as_int32(min(_dropout.threshold(options.dropout_p), 2**32 - 1)) if dropout else None,
+            float(_dropout.factor(options.dropout_p)) if dropout else None,
         )
 
 

@@ -35,7 +35,7 @@ class Scoring(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The parameters of philox.py: a weight is dropped where its word is below threshold."""
+    """The parameters of ops/_dropout.py: a weight is dropped where its word is below threshold."""
 
     seed: object  # None: no dropout
     threshold: object
@@ -151,7 +151,7 @@ def add_mask(scores, mask, first_row, first_column, rows, columns, num_rows, num
 
 @triton.jit
 def keep_tile(dropout, first_row, first_key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which weights of a (ROWS, COLUMNS) tile survive dropout, by the rule of philox.py.
+    """Which weights of a (ROWS, COLUMNS) tile survive dropout, by the rule of ops/_dropout.py.
 
     first_row: int64 index of the first query in lse. first_key: a multiple of 4, so that one
     counter yields the words of four adjacent columns.
