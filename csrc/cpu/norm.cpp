@@ -49,20 +49,25 @@ FMK_INLINE V first_lanes(V x, int lanes) {
   return load(stored, lanes);
 }
 
-// The sum over n elements of term(i, lanes), a vector from element i on whose lanes past the end do
-// not count. Four partial sums, so that an addition need not wait for the one before.
-template <class V, class Term>
-FMK_INLINE typename V::Elem sum_of(int64_t n, const Term& term) {
-  V sums[4] = {zero<V>(), zero<V>(), zero<V>(), zero<V>()};
+// sums[r] = the sum over n elements of term(r, i, lanes), a vector from element i on whose lanes
+// past the end do not count. Partial sums, so that an addition need not wait for the one before.
+template <class V, int R, class Term>
+FMK_INLINE void sums_of(int64_t n, const Term& term, typename V::Elem* sums) {
+  V partial[R][4];
+  FMK_FOR (r, R)
+    FMK_FOR (j, 4) partial[r][j] = zero<V>();
   int64_t i = 0;
   for (; i + 4 * V::W <= n; i += 4 * V::W)
-    FMK_FOR (j, 4) sums[j] = sums[j] + term(i + j * V::W, V::W);
-  for (; i + V::W <= n; i += V::W) sums[0] = sums[0] + term(i, V::W);
+    FMK_FOR (r, R)
+      FMK_FOR (j, 4) partial[r][j] = partial[r][j] + term(r, i + j * V::W, V::W);
+  for (; i + V::W <= n; i += V::W)
+    FMK_FOR (r, R) partial[r][0] = partial[r][0] + term(r, i, V::W);
   if (i < n) {
     const int lanes = static_cast<int>(n - i);
-    sums[1] = sums[1] + first_lanes(term(i, lanes), lanes);
+    FMK_FOR (r, R) partial[r][1] = partial[r][1] + first_lanes(term(r, i, lanes), lanes);
   }
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  FMK_FOR (r, R)
+    sums[r] = reduce_add((partial[r][0] + partial[r][1]) + (partial[r][2] + partial[r][3]));
 }
 
 // Two partial sums that take turns: for a loop that cannot be unrolled by hand.
@@ -102,9 +107,11 @@ FMK_NOINLINE void add_residual(const NormForward& p, int64_t row, Acc<T>* buffer
   });
 }
 
-// X: T, or the compute type where the row went through a buffer.
-template <class T, class X>
-FMK_NOINLINE void normalise_row(const NormForward& p, int64_t row, const X* x) {
+// Several rows side by side, x[0] and each next one ld further on: the sums of a row end in a chain
+// of dependent steps, behind which the other rows' work fits. X: T, or the compute type where rows
+// went through a buffer.
+template <class T, int R, class X>
+FMK_NOINLINE void normalise_rows(const NormForward& p, int64_t row, const X* x, int64_t ld) {
   using V = Vec<T>;
   using A = Acc<T>;
   const int64_t n = p.features;
@@ -112,20 +119,30 @@ FMK_NOINLINE void normalise_row(const NormForward& p, int64_t row, const X* x) {
   const auto* bias = static_cast<const T*>(p.bias);
   auto* output = static_cast<T*>(p.output) + row * n;
   const A count = static_cast<A>(n);
-  const auto value = [&](int64_t i, int lanes) FMK_LAMBDA { return load_lanes(x + i, lanes); };
-  const A mean = p.rms ? A(0) : sum_of<V>(n, value) / count;
-  const V center = splat(mean);
+  A mean[R] = {}, rstd[R];
+  const auto value = [&](int r, int64_t i, int lanes)
+                         FMK_LAMBDA { return load_lanes(x + r * ld + i, lanes); };
+  if (!p.rms) {
+    sums_of<V, R>(n, value, mean);
+    FMK_FOR (r, R) mean[r] /= count;
+  }
+  V center[R], scale[R];
+  FMK_FOR (r, R) center[r] = splat(mean[r]);
   // Squares of deviations: the difference of two means would cancel.
-  const auto square = [&](int64_t i, int lanes) FMK_LAMBDA {
-    const V deviation = value(i, lanes) - center;
+  const auto square = [&](int r, int64_t i, int lanes) FMK_LAMBDA {
+    const V deviation = value(r, i, lanes) - center[r];
     return deviation * deviation;
   };
-  const A variance = sum_of<V>(n, square) / count;
-  const A rstd = A(1) / square_root(variance + static_cast<A>(p.eps));
-  const V scale = splat(rstd);
+  sums_of<V, R>(n, square, rstd);
+  FMK_FOR (r, R) {
+    rstd[r] = A(1) / square_root(rstd[r] / count + static_cast<A>(p.eps));
+    scale[r] = splat(rstd[r]);
+  }
   const auto finish = [&](const auto& affine) FMK_LAMBDA {
     for_vectors<V>(n, [&](int64_t i, int lanes) FMK_LAMBDA {
-      store_lanes(output + i, affine((load_lanes(x + i, lanes) - center) * scale, i, lanes), lanes);
+      FMK_FOR (r, R)
+        store_lanes(output + r * n + i,
+                    affine((value(r, i, lanes) - center[r]) * scale[r], i, lanes), lanes);
     });
   };
   if (weight && bias)
@@ -137,9 +154,13 @@ FMK_NOINLINE void normalise_row(const NormForward& p, int64_t row, const X* x) {
   else
     finish([&](V y, int64_t i, int lanes)
                FMK_LAMBDA { return bias ? y + load_lanes(bias + i, lanes) : y; });
-  if (p.mean) static_cast<A*>(p.mean)[row] = mean;
-  if (p.rstd) static_cast<A*>(p.rstd)[row] = rstd;
+  FMK_FOR (r, R) {
+    if (p.mean) static_cast<A*>(p.mean)[row + r] = mean[r];
+    if (p.rstd) static_cast<A*>(p.rstd)[row + r] = rstd[r];
+  }
 }
+
+constexpr int kRowsAtOnce = 2;
 
 template <class T>
 void forward_typed(const NormForward& p, const Parallel& pool) {
@@ -148,14 +169,19 @@ void forward_typed(const NormForward& p, const Parallel& pool) {
     Acc<T>* buffer = nullptr;
     if (p.residual)
       buffer = static_cast<Acc<T>*>(scratch_bytes(Scratch::kRows, p.features * sizeof(Acc<T>)));
-    for (int64_t row = p.rows * shard / shards; row < p.rows * (shard + 1) / shards; ++row) {
-      if (buffer) {
+    const int64_t n = p.features, end = p.rows * (shard + 1) / shards;
+    int64_t row = p.rows * shard / shards;
+    if (buffer) {
+      for (; row < end; ++row) {
         add_residual<T>(p, row, buffer);
-        normalise_row<T>(p, row, static_cast<const Acc<T>*>(buffer));
-      } else {
-        normalise_row<T>(p, row, static_cast<const T*>(p.input) + row * p.features);
+        normalise_rows<T, 1>(p, row, static_cast<const Acc<T>*>(buffer), n);
       }
+      return;
     }
+    const T* input = static_cast<const T*>(p.input);
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce)
+      normalise_rows<T, kRowsAtOnce>(p, row, input + row * n, n);
+    for (; row < end; ++row) normalise_rows<T, 1>(p, row, input + row * n, n);
   });
 }
 
