@@ -10,8 +10,9 @@ from fmkernels import testing
 from fmkernels._attention_oracle import attend
 from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import STATISTICS
+from fmkernels.ops.attention.schema import Options
 
-BACKENDS = testing.available_backends(STATISTICS, torch.zeros(1, 1, 1, 1))
+BACKENDS = testing.available_backends(STATISTICS, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 

@@ -160,8 +160,6 @@ def test_compiled_code_follows_use_backend():
 
 # Parts of the backend "cuda": the other backends have the whole.
 CUDA_ONLY = ("cuda_", "rnn_recurrence_", "depthwise_", "sdpa_decode")
-# No backend but the reference has these yet.
-REFERENCE_ONLY = ("sdpa_statistics",)
 
 
 @pytest.mark.skipif(not _native.HAS_NATIVE, reason="there is no native library to look into")
@@ -172,7 +170,5 @@ def test_native_library_has_a_kernel_for_every_op():
     ]
     assert len(names) >= 8
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [
-        name for name in names if not name.split("::")[1].startswith(CUDA_ONLY + REFERENCE_ONLY)
-    ]
+    names = [name for name in names if not name.split("::")[1].startswith(CUDA_ONLY)]
     assert [name for name in names if not has(name, "CPU")] == []

@@ -38,7 +38,7 @@ struct AttentionMask {
   int64_t batch, head, query, key;
 };
 
-// Which weights are dropped: ops/attention/philox.py has the formula.
+// Which weights are dropped: ops/_dropout.py has the formula.
 struct AttentionDropout {
   bool active;
   uint64_t seed;
@@ -93,6 +93,16 @@ struct AttentionBackward {
   int64_t slopes_numbers;
 };
 
+// Of each query's softmax, without dropout, all indexed as lse; compute type but for the keys. Not
+// for packed sequences.
+struct AttentionStatistics {
+  AttentionProblem problem;  // value is not read
+  void* entropy;             // in nats, the sink being an outcome; 0 for a row without any
+  int64_t* top_key;          // of the largest weight, the first of equals; -1 if none is visible
+  void* top_weight;
+  void* lse;
+};
+
 // A few queries at the end of each sequence of a cache.
 struct AttentionCached {
   AttentionProblem problem;  // queries per sequence; keys: the capacity; key and value: the caches
@@ -107,6 +117,7 @@ struct AttentionKernels {
   void (*forward)(const AttentionForward&, const Parallel&);
   void (*backward)(const AttentionBackward&, const Parallel&);
   void (*cached)(const AttentionCached&, const Parallel&);
+  void (*statistics)(const AttentionStatistics&, const Parallel&);
 };
 
 FMK_KERNEL_TABLE(AttentionKernels, attention_kernels)

@@ -8,7 +8,7 @@
 // A thread owns a key head, or a share of its queries, so nothing is added to concurrently. Sums
 // are kept in the compute type until the end. With dropout factors Z, dV += (Z P)^T dO and dP is
 // multiplied by Z; dS is the gradient of masks and slopes, before the derivative of the softcap.
-#include "cpu/attention_scores.h"
+#include "cpu/attention_gradients.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
@@ -16,115 +16,6 @@ namespace {
 
 // Keys per block: scores and their gradients, of 64 queries, take 36 KB each.
 constexpr int64_t kKeyBlock = 144;
-
-// What the elementwise step reads and writes for one block; see BackwardPass::Buffers.
-template <class O>
-struct ScoreGradients {
-  Acc<O>* scores;
-  Acc<O>* grad_probs;
-  const Acc<O>* lse;    // [lanes], as an exponent of 2; infinity where there are no probabilities
-  const Acc<O>* delta;  // [lanes]
-  Acc<O> unit;
-  bool need_grad_scores;
-  const Acc<O>*dropout, *derivative;  // [keys][lanes], or null: 1
-  Acc<O>* plain;                      // dS before the derivative, in the compute type; or null
-  O* probs;
-  O* grad_scores;
-  Word<O>* grad_score_words;
-};
-
-// scores -> P, and grad_probs -> dS, for keys [key0, key0 + count). As rows of O, with zeros up to
-// a whole number of tiles; dS also as words along the keys.
-template <class O>
-FMK_NOINLINE void probabilities_block(const ScoreGradients<O>& g, int64_t key0, int64_t count,
-                                      const QueryBlock& block) {
-  using V = Vec<O>;
-  constexpr int kPair = Mac<O>::kPair;
-  const int64_t lanes = block.vecs * V::W;
-  const V unit = splat(g.unit);
-  const int64_t padded = ceil_div(count, kRowsPerTile) * kRowsPerTile;
-  for (int64_t k = 0; k < padded; k += kPair) {
-    // Beyond the last key, and where a vector of queries does not see the key, scores and gradients
-    // are undefined.
-    const int hidden = k < count ? block.hidden_vecs(key0 + k, V::W) : block.vecs;
-    for (int j = 0; j < block.vecs; ++j) {
-      const V lse = load(g.lse + j * V::W), delta = load(g.delta + j * V::W);
-      V grads[2] = {zero<V>(), zero<V>()};
-      for (int i = 0; i < kPair; ++i) {
-        const int64_t at = (k + i) * lanes + j * V::W;
-        V p = zero<V>(), plain = zero<V>();
-        if (j >= hidden && k + i < count) {
-          const V x = fma(load(g.scores + at), unit, zero<V>() - lse);
-          if constexpr (kPair == 2)
-            p = exp2_nonpositive_coarse(x);
-          else
-            p = exp2_nonpositive(x);
-          if (g.need_grad_scores) {
-            V grad = load(g.grad_probs + at);
-            if (g.dropout) grad = grad * load(g.dropout + at);
-            plain = p * (grad - delta);
-            grads[i] = g.derivative ? plain * load(g.derivative + at) : plain;
-          }
-          if (g.dropout) p = p * load(g.dropout + at);
-        }
-        if (g.plain) store(g.plain + at, plain);
-        store(g.probs + at, p);
-        if (g.need_grad_scores) store(g.grad_scores + at, grads[i]);
-      }
-      if constexpr (kPair == 2) {
-        if (g.need_grad_scores && k < count)
-          store_words(g.grad_score_words + k / 2 * lanes + j * V::W, grads[0], grads[1]);
-      }
-    }
-  }
-}
-
-// out[count][padded width] += A panel: a row of A [count, up to a whole number of tiles][lanes] per
-// key, the panel's rows one per query of the block.
-template <class O>
-FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const QueryBlock& block,
-                                  const PanelRows<O>& panel, int64_t width, Acc<O>* out) {
-  using M = Mac<O>;
-  using V = Vec<O>;
-  using Finish = StoreAccumulators<V>;
-  constexpr int kPair = M::kPair;
-  const auto split = PanelSplit<V>::of(width);
-  const int64_t ld = split.padded_columns(), lanes = block.vecs * V::W;
-  for (int64_t k = 0; k < count; k += kRowsPerTile) {
-    // Queries before key0 + k do not see any key of the tile.
-    int64_t skip = 0;
-    if (block.ordered)
-      skip = max_of<int64_t>(0, min_of<int64_t>(key0 + k - block.edge, block.rows)) / kPair;
-    const Word<O>* row_pointers[kRowsPerTile];
-    for (int i = 0; i < kRowsPerTile; ++i)
-      row_pointers[i] = reinterpret_cast<const Word<O>*>(a + (k + i) * lanes) + skip;
-    TileOperands<M> in;
-    in.rows = row_pointers;
-    in.words = words_of<O>(block.rows) - skip;
-    in.ldb = panel.ld;
-    in.ld_init = ld;
-    for (int64_t i = 0; i < split.count; ++i) {
-      const int64_t column = split.column(i);
-      in.b = panel.first + skip * panel.ld + column;
-      in.init = out + k * ld + column;
-      const Finish finish{out + k * ld + column, ld};
-      switch (split.width_vecs(i)) {
-        case 1: tile<M, kRowsPerTile, 1, false>(in, finish); break;
-        case 2: tile<M, kRowsPerTile, 2, false>(in, finish); break;
-#if defined(__AVX512F__)
-        case 3: tile<M, kRowsPerTile, 3, false>(in, finish); break;
-        case 4: tile<M, kRowsPerTile, 4, false>(in, finish); break;
-#endif
-      }
-    }
-  }
-}
-
-// Sums that queries of several heads share, in the compute type; null where not wanted.
-template <class E>
-struct OptionGradients {
-  E *mask, *slopes, *sinks;
-};
 
 template <class T>
 class BackwardPass {
@@ -144,14 +35,36 @@ class BackwardPass {
         value_sums_((p_.keys + kRowsPerTile) * value_ld_),
         heads_(p_.batch * p_.kv_heads),
         blocks_per_head_(heads_ ? queries_.lists / heads_ * queries_.blocks() : 0),
-        need_plain_(backward.grad_mask || backward.grad_slopes),
-        need_grad_scores_(backward.grad_query.data || backward.grad_key.data || need_plain_) {}
+        need_plain_(backward.grad_mask),
+        need_sums_(backward.grad_slopes || backward.grad_sinks),
+        need_grad_scores_(backward.grad_query.data || backward.grad_key.data || need_plain_ ||
+                          need_sums_) {}
+
+  int64_t heads() const { return heads_; }
+  // Work of one key head, in arbitrary units.
+  double head_cost() const {
+    return heads_ ? queries_.total_cost() / static_cast<double>(heads_) : 0.0;
+  }
+  double flops() const {
+    return 4.0 * static_cast<double>(p_.head_dim + p_.value_dim) * static_cast<double>(p_.keys) *
+           static_cast<double>(p_.batch) * static_cast<double>(p_.heads) *
+           static_cast<double>(p_.queries);
+  }
+
+  // Key heads [begin, end), each whole; for a shard of a region that serves several problems.
+  void run_heads(int64_t begin, int64_t end, const OptionGradients<E>& options) const {
+    Buffers buffers = work_space(false);
+    buffers.options = options;
+    for (int64_t head = begin; head < end; ++head) {
+      run_part(head, 0, 1, buffers);
+      for (int64_t key = 0; key < p_.keys; ++key)
+        store_key(head, key, buffers.key_sums, buffers.value_sums);
+    }
+  }
 
   void run(const Parallel& pool) const {
     if (heads_ == 0) return;
-    const double flops = 4.0 * static_cast<double>(p_.head_dim + p_.value_dim) *
-                         static_cast<double>(p_.keys) * static_cast<double>(p_.batch) *
-                         static_cast<double>(p_.heads) * static_cast<double>(p_.queries);
+    const double flops = this->flops();
     const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
     const int64_t parts = parts_per_head(threads), units = heads_ * parts;
     E* shared = nullptr;  // the sums of every part
@@ -159,10 +72,10 @@ class BackwardPass {
       shared = static_cast<E*>(
           scratch_bytes(Scratch::kCall, units * (key_sums_ + value_sums_) * sizeof(E)));
     const int64_t shards = min_of(threads, units);
-    OptionSums sums = option_sums(shards);
+    const OptionSums<E> sums = OptionSums<E>::of(backward_, shards);
     parallel_for(pool, shards, [&](int64_t shard) {
       Buffers buffers = work_space(parts > 1);
-      sums.give(shard, buffers.options);
+      buffers.options = sums.of_shard(shard);
       for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
         if (shared) {
           buffers.key_sums = shared + unit * (key_sums_ + value_sums_);
@@ -317,7 +230,8 @@ class BackwardPass {
       grad_rows = rows_as_panel(grads, block.rows, p_.value_dim, b.grad_copy);
     alignas(64) E lse[kMaxLanes<V>], delta[kMaxLanes<V>];
     read_row_terms(block, grads, lse, delta);
-    if (b.options.sinks) add_sink_gradients(block, lse, delta, b.options.sinks);
+    RowSums<double> sums[kMaxLanes<V>] = {};
+    LaneSums<V> lane_sums;
 
     bool started = false;
     const int64_t step = key_block_size(block.any_end - block.any_begin, kKeyBlock);
@@ -335,11 +249,13 @@ class BackwardPass {
                                 return StoreAccumulators<V>{b.grad_probs + k * lanes + j * V::W,
                                                             lanes};
                               });
-      probabilities_block<O>(
-          {b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_, b.dropout,
-           b.derivative, b.plain, b.probs, b.grad_scores, b.grad_score_words},
-          key0, count, block);
-      if (need_plain_) add_option_gradients(block, key0, count, b);
+      if (need_sums_) start_lane_sums(block, key0, lane_sums);
+      probabilities_block<O>({b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_,
+                              b.dropout, b.derivative, b.plain, need_sums_ ? &lane_sums : nullptr,
+                              b.probs, b.grad_scores, b.grad_score_words},
+                             key0, count, block);
+      if (need_sums_) add_lane_sums(block, lane_sums, sums);
+      if (need_plain_) add_mask_gradient(block, key0, count, b);
       if (backward_.grad_value.data)
         keys_from_queries<O>(b.probs, key0, count, block, grad_rows, p_.value_dim,
                              b.value_sums + key0 * value_ld_);
@@ -355,6 +271,7 @@ class BackwardPass {
       }
       started = true;
     }
+    if (need_sums_) add_row_gradients(block, lse, delta, sums, b.options);
     if (!backward_.grad_query.data) return;
     if (!started) std::memset(b.grad_query, 0, kMaxLanes<V> * key_ld_ * sizeof(E));
     for (int row = 0; row < block.rows; ++row)
@@ -393,30 +310,42 @@ class BackwardPass {
     }
   }
 
-  // d sink = -p_sink * delta, p_sink being the sink's share of the row.
-  void add_sink_gradients(const QueryBlock& block, const E* lse, const E* delta, E* sinks) const {
+  void start_lane_sums(const QueryBlock& block, int64_t key0, LaneSums<V>& sums) const {
+    std::memset(&sums, 0, sizeof sums);
+    for (int row = 0; row < block.rows; ++row)
+      sums.position[row] = static_cast<E>(p_.first_position + block.position_of(row) - key0);
+  }
+  static void add_lane_sums(const QueryBlock& block, const LaneSums<V>& from, RowSums<double>* to) {
     for (int row = 0; row < block.rows; ++row) {
+      to[row].weight += from.weight[row];
+      to[row].weight_distance += from.weight_distance[row];
+      to[row].grad += from.grad[row];
+      to[row].grad_distance += from.grad_distance[row];
+    }
+  }
+  // With delta replaced by what the same probabilities give, exact = sum(P dP) - grad_lse:
+  // d slope = -sum(P (dP - exact) distance), d sink = -p_sink exact, p_sink being its share.
+  void add_row_gradients(const QueryBlock& block, const E* lse, const E* delta,
+                         const RowSums<double>* sums, const OptionGradients<E>& to) const {
+    for (int row = 0; row < block.rows; ++row) {
+      if (lse[row] == __builtin_inf()) continue;
       const int64_t head = block.head_of(row);
-      const E sink = static_cast<const E*>(p_.sinks)[head] * static_cast<E>(kLog2E);
-      if (lse[row] == __builtin_inf() || sink == -__builtin_inf()) continue;
-      sinks[head] -= std::exp2(sink - lse[row]) * delta[row];
+      const int64_t at = row_index(p_, block.batch, head, block.position_of(row));
+      const double given = delta[row];
+      double exact = sums[row].grad + given * sums[row].weight;
+      if (backward_.grad_lse) exact -= static_cast<const E*>(backward_.grad_lse)[at];
+      if (to.slopes)
+        to.slopes[block.batch * p_.slopes_batch + head].add(
+            -(sums[row].grad_distance + (given - exact) * sums[row].weight_distance));
+      if (!to.sinks) continue;
+      const double sink = static_cast<const E*>(p_.sinks)[head] * kLog2E;
+      if (sink != -__builtin_inf()) to.sinks[head].add(-std::exp2(sink - lse[row]) * exact);
     }
   }
 
-  void add_option_gradients(const QueryBlock& block, int64_t key0, int64_t count,
-                            const Buffers& b) const {
+  void add_mask_gradient(const QueryBlock& block, int64_t key0, int64_t count,
+                         const Buffers& b) const {
     const int64_t lanes = block.vecs * V::W;
-    if (b.options.slopes) {
-      for (int row = 0; row < block.rows; ++row) {
-        const int64_t position = p_.first_position + block.position_of(row) - key0;
-        E sum = 0;
-        for (int64_t k = 0; k < count; ++k)
-          sum +=
-              b.plain[k * lanes + row] * static_cast<E>(position < k ? k - position : position - k);
-        b.options.slopes[block.batch * p_.slopes_batch + block.head_of(row)] -= sum;
-      }
-    }
-    if (!b.options.mask) return;
     for (int row = 0; row < block.rows; ++row) {
       E* to = b.options.mask + block.batch * backward_.mask_batch +
               block.head_of(row) * backward_.mask_head +
@@ -428,49 +357,6 @@ class BackwardPass {
         for (int64_t k = 0; k < count; ++k) to[k] += from[k * lanes];
       }
     }
-  }
-
-  // The sums of each shard for what all heads share: [shards][numbers], added up in order.
-  struct OptionSums {
-    int64_t shards, mask, slopes, sinks;
-    E* data;
-    bool own_mask;  // each element of the mask belongs to one query: written in place
-
-    void give(int64_t shard, OptionGradients<E>& to) const {
-      E* from = data + shard * (mask + slopes + sinks);
-      to.mask = own_mask ? in_place : mask ? from : nullptr;
-      to.slopes = slopes ? from + mask : nullptr;
-      to.sinks = sinks ? from + mask + slopes : nullptr;
-    }
-    void store(const AttentionBackward& p) const {
-      const int64_t each = mask + slopes + sinks;
-      const auto add = [&](void* to, int64_t offset, int64_t count) {
-        for (int64_t shard = 0; to && shard < shards; ++shard)
-          for (int64_t i = 0; i < count; ++i)
-            static_cast<E*>(to)[i] += data[shard * each + offset + i];
-      };
-      add(p.grad_mask, 0, mask);
-      add(p.grad_slopes, mask, slopes);
-      add(p.grad_sinks, mask + slopes, sinks);
-    }
-    E* in_place;
-  };
-  OptionSums option_sums(int64_t shards) const {
-    OptionSums s{};
-    s.shards = shards;
-    s.in_place = static_cast<E*>(backward_.grad_mask);
-    // A broadcast over keys alone still leaves every element to one query.
-    s.own_mask = backward_.grad_mask && (p_.batch == 1 || backward_.mask_batch) &&
-                 (p_.heads == 1 || backward_.mask_head) &&
-                 (p_.queries == 1 || backward_.mask_query);
-    if (backward_.grad_mask && !s.own_mask) s.mask = backward_.mask_numbers;
-    if (backward_.grad_slopes) s.slopes = backward_.slopes_numbers;
-    if (backward_.grad_sinks) s.sinks = p_.heads;
-    const int64_t bytes = shards * (s.mask + s.slopes + s.sinks) * static_cast<int64_t>(sizeof(E));
-    if (bytes == 0) return s;
-    s.data = static_cast<E*>(scratch_bytes(Scratch::kCall2, bytes));
-    std::memset(s.data, 0, bytes);
-    return s;
   }
 
   void store_key(int64_t head, int64_t key, const E* key_sums, const E* value_sums) const {
@@ -490,7 +376,7 @@ class BackwardPass {
   const int64_t key_ld_, value_ld_;      // numbers from row to row of the sums
   const int64_t key_sums_, value_sums_;  // numbers of all rows
   const int64_t heads_, blocks_per_head_;
-  const bool need_plain_, need_grad_scores_;
+  const bool need_plain_, need_sums_, need_grad_scores_;
 };
 
 // The backward pass of sequence n of packed ones.
@@ -513,10 +399,50 @@ AttentionBackward sequence_of(const AttentionBackward& p, int64_t n) {
   return s;
 }
 
+// All sequences in one region: shards are runs of (sequence, key head) of equal cost.
+template <class T>
+void run_packed(const AttentionBackward& p, const Parallel& pool) {
+  using Pass = BackwardPass<T>;
+  const int64_t sequences = p.problem.sequences;
+  double total = 0, flops = 0;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const AttentionBackward sequence = sequence_of(p, n);
+    const Pass pass(sequence);
+    total += pass.head_cost() * static_cast<double>(pass.heads());
+    flops += pass.flops();
+  }
+  const int64_t units = sequences * p.problem.kv_heads;
+  const int64_t shards = flops < kSerialFlops ? 1 : min_of<int64_t>(pool.threads, units);
+  const auto sums = OptionSums<Acc<T>>::of(p, max_of<int64_t>(1, shards));
+  parallel_for(pool, shards, [&](int64_t shard) {
+    const double share = total / static_cast<double>(shards);
+    const double begin = share * static_cast<double>(shard);
+    const double end = share * static_cast<double>(shard + 1);
+    double done = 0;
+    for (int64_t n = 0; n < sequences; ++n) {
+      const AttentionBackward sequence = sequence_of(p, n);
+      const Pass pass(sequence);
+      const double cost = pass.head_cost();
+      OptionGradients<Acc<T>> options = sums.of_shard(shard);
+      if (options.slopes) options.slopes += n * p.problem.slopes_batch;
+      for (int64_t head = 0; head < pass.heads(); ++head, done += cost) {
+        // A head belongs to the shard in which its middle lies.
+        const double middle = done + cost / 2;
+        if ((middle >= begin || shard == 0) && (middle < end || shard + 1 == shards))
+          pass.run_heads(head, head + 1, options);
+      }
+    }
+  });
+  sums.store(p);
+}
+
 template <class T>
 void run_backward(const AttentionBackward& p, const Parallel& pool) {
-  const int64_t sequences = p.problem.query_offsets ? p.problem.sequences : 1;
-  for (int64_t n = 0; n < sequences; ++n) {
+  if (!p.problem.query_offsets) return BackwardPass<T>(p).run(pool);
+  // Few heads of few sequences do not fill the threads: each sequence then shares out its queries.
+  if (p.problem.sequences * p.problem.kv_heads >= 2 * pool.threads || pool.threads == 1)
+    return run_packed<T>(p, pool);
+  for (int64_t n = 0; n < p.problem.sequences; ++n) {
     const AttentionBackward sequence = sequence_of(p, n);
     BackwardPass<T>(sequence).run(pool);
   }

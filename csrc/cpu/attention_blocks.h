@@ -152,10 +152,12 @@ FMK_INLINE void queries_from_keys(const Word<O>* a, int64_t lda, int rows,
   using V = Vec<O>;
   using Finish = StoreAccumulators<V>;
   const auto split = PanelSplit<V>::of(width);
-  const int64_t ld = split.padded_columns(), tiles = ceil_div(rows, kRowsPerTile);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const int tile_rows = static_cast<int>(end - row);
+  const int64_t ld = split.padded_columns();
+  const int tiles = (rows + kRowsPerTile - 1) / kRowsPerTile;
+  const auto parts = EvenSplit::of(rows, tiles);
+  for (int t = 0; t < tiles; ++t) {
+    const int64_t row = parts.begin(t), end = parts.begin(t + 1);
+    const int tile_rows = static_cast<int>(parts.size(t));
     TileOperands<M> in;
     in.words = words_for(end);
     if (accumulate && in.words == 0) continue;

@@ -165,7 +165,8 @@ void forward(const AttentionForward& p, const Parallel& pool) {
 }  // namespace
 
 const AttentionKernels& attention_kernels() {
-  static constexpr AttentionKernels table{&forward, &attention_backward, &attention_cached};
+  static constexpr AttentionKernels table{&forward, &attention_backward, &attention_cached,
+                                          &attention_statistics};
   return table;
 }
 

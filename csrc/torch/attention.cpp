@@ -188,6 +188,31 @@ std::tuple<Tensor, Tensor> sdpa_forward(
   return {output, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_statistics(
+    const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& dropout_seed, int64_t window_left, int64_t window_right, double scale,
+    double softcap, double) {
+  FMK_CHECK(!cu_seqlens_q && !cu_seqlens_k, "cu_seqlens_q: expected no packed sequences");
+  AttentionStatistics p{};
+  p.problem = problem_of(query, key, key,
+                         {attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+                          window_left, window_right, scale, softcap, 0.0});
+  const AttentionProblem& q = p.problem;
+  const std::vector<int64_t> rows{q.batch, q.heads, q.queries};
+  Tensor entropy = allocate(query, rows, lse_type(q.dtype));
+  Tensor top_key = allocate(query, rows, ScalarType::Long);
+  Tensor top_weight = allocate(query, rows, lse_type(q.dtype));
+  Tensor lse = allocate(query, rows, lse_type(q.dtype));
+  p.entropy = mutable_data_of(entropy);
+  p.top_key = static_cast<int64_t*>(mutable_data_of(top_key));
+  p.top_weight = mutable_data_of(top_weight);
+  p.lse = mutable_data_of(lse);
+  attention_kernels().statistics(p, torch_pool());
+  return {entropy, top_key, top_weight, lse};
+}
+
 // Zeros of the compute type, for sums.
 Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, DType dtype) {
   Tensor tensor = allocate(like, shape, lse_type(dtype));
@@ -387,6 +412,7 @@ void kv_cache_append(const Tensor& key_cache, const Tensor& value_cache, const T
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("sdpa_forward", TORCH_BOX(&sdpa_forward));
   m.impl("sdpa_backward", TORCH_BOX(&sdpa_backward));
+  m.impl("sdpa_statistics", TORCH_BOX(&sdpa_statistics));
   m.impl("sdpa_cached", TORCH_BOX(&sdpa_cached));
   m.impl("kv_cache_append", TORCH_BOX(&kv_cache_append));
 }

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
+from fmkernels.ops import _dropout
 from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph
-from fmkernels.ops.attention import philox, reference
+from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import APPEND, CACHED, SDPA, STATISTICS
 from fmkernels.ops.attention.schema import Options
 
@@ -91,7 +92,7 @@ def _prepared(
         )
         options = options._replace(alibi_slopes=slopes, sinks=sinks)
     if options.dropout_p > 0.0:
-        options = options._replace(dropout_seed=philox.draw_seed(query.device))
+        options = options._replace(dropout_seed=_dropout.new_seed(query.device))
     return query, key, value, options
 
 
@@ -135,7 +136,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entropy, top key, top weight and lse of each query, as ``sdpa_statistics`` returns them."""
     query, key, _, options = _prepared(query, key, key, options)
-    _, implementation = select("attention_statistics", STATISTICS, backend, query)
+    _, implementation = select("attention_statistics", STATISTICS, backend, query, options)
     with autocast_off(query.device.type):
         return implementation.forward(unit_stride(query), unit_stride(key), *options)
 

@@ -21,7 +21,14 @@ _NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
 
 
 def _cpu_supports(query: Tensor, options: Options) -> Support:
-    support = native_cpu_support(query, _NATIVE)
+    return _cpu_serves(native_cpu_support(query, _NATIVE), query, options)
+
+
+def _cpu_statistics_supports(query: Tensor, options: Options) -> Support:
+    return _cpu_serves(native_cpu_support(query, _NATIVE_STATISTICS), query, options)
+
+
+def _cpu_serves(support: Support, query: Tensor, options: Options) -> Support:
     if not support.ok:
         return support
     mask = options.attn_mask
@@ -77,12 +84,12 @@ def _no_backward(*arguments) -> None:
 
 STATISTICS = {
     "cpu": Backend(
-        supports=lambda query: native_cpu_support(query, _NATIVE_STATISTICS),
+        supports=_cpu_statistics_supports,
         forward=torch.ops.fmkernels.sdpa_statistics.default,
         backward=_no_backward,
     ),
     "reference": Backend(
-        supports=lambda query: SUPPORTED,
+        supports=_reference_supports,
         forward=reference.sdpa_statistics,
         backward=_no_backward,
     ),

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmkernels.ops import _dropout
 from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops.attention import philox
 from fmkernels.ops.attention.schema import Options, empty_output
 
 _MINUS_INFINITY = float("-inf")
@@ -131,12 +131,12 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _dropout_factors(shape: torch.Size, geometry: _Geometry, options: Options) -> Tensor:
-    """0 or ``keep_factor(p)`` for each weight of the given shape, in float64."""
+    """0 or the factor of a kept one for each weight of the given shape, in float64."""
     batch, heads, queries, _ = shape
     rows = torch.arange(batch * heads * queries, device=geometry.key.device)
     rows = rows.view(batch, heads, queries, 1)
-    kept = philox.kept(options.dropout_seed, options.dropout_p, rows, geometry.key)
-    return kept.to(torch.float64) * philox.keep_factor(options.dropout_p)
+    kept = _dropout.kept(options.dropout_seed, options.dropout_p, rows, geometry.key)
+    return kept.to(torch.float64) * _dropout.factor(options.dropout_p)
 
 
 def attention_with_weights(
@@ -189,17 +189,17 @@ def sdpa_backward(
     normaliser = lse.masked_fill(empty, float("inf")).unsqueeze(-1)
     scores, derivative = _scores(queries, keys, options, geometry)
     weights = (scores - normaliser).exp()
-    # d softmax: ds = p * (dp - sum_j p_j dp_j), and sum_j p_j dp_j = grad_output . output, with
-    # dropout too.
-    correction = (grad_output * output.to(dtype)).sum(dim=-1)
-    if grad_lse is not None:
-        correction = correction - grad_lse.to(dtype)
-    correction = correction.masked_fill(empty, 0.0).unsqueeze(-1)
     grad_weights = grad_output @ values.transpose(-2, -1)
     dropped = weights
     if options.dropout_p > 0.0:
         factors = _dropout_factors(weights.shape, geometry, options).to(dtype)
         grad_weights, dropped = grad_weights * factors, weights * factors
+    # d softmax: ds = p * (dp - sum_j p_j dp_j). The sum is grad_output . output as well, but the
+    # output is rounded, and that error would enter every sum over keys.
+    correction = (weights * grad_weights).sum(dim=-1)
+    if grad_lse is not None:
+        correction = correction - grad_lse.to(dtype)
+    correction = correction.masked_fill(empty, 0.0).unsqueeze(-1)
     grad_scores = weights * (grad_weights - correction)
     grad_products = grad_scores * options.scale
     if derivative is not None:
