@@ -310,10 +310,17 @@ class BackwardPass {
     }
   }
 
+  int64_t nearest_key_distance(int64_t query) const {
+    const int64_t position = p_.first_position + query;
+    return max_of<int64_t>(0, max_of(position - (p_.keys - 1), -position));
+  }
   void start_lane_sums(const QueryBlock& block, int64_t key0, LaneSums<V>& sums) const {
     std::memset(&sums, 0, sizeof sums);
-    for (int row = 0; row < block.rows; ++row)
-      sums.position[row] = static_cast<E>(p_.first_position + block.position_of(row) - key0);
+    for (int row = 0; row < block.rows; ++row) {
+      const int64_t query = block.position_of(row);
+      sums.position[row] = static_cast<E>(p_.first_position + query - key0);
+      sums.nearest[row] = static_cast<E>(nearest_key_distance(query));
+    }
   }
   static void add_lane_sums(const QueryBlock& block, const LaneSums<V>& from, RowSums<double>* to) {
     for (int row = 0; row < block.rows; ++row) {
@@ -323,23 +330,37 @@ class BackwardPass {
       to[row].grad_distance += from.grad_distance[row];
     }
   }
-  // With delta replaced by what the same probabilities give, exact = sum(P dP) - grad_lse:
-  // d slope = -sum(P (dP - exact) distance), d sink = -p_sink exact, p_sink being its share.
+  // With delta replaced by what the same probabilities give, exact = sum(P dP) - grad_lse, and
+  // `share` the sink's part of the softmax:
+  //
+  //   d sink = -share exact    d slope = -sum(P (dP - exact) distance)
+  //
+  // Weights and share are divided by their sum, for a rounded lse is a factor that all have in
+  // common. sum(P (dP - exact)) is known, so the distance of the nearest key need not be summed.
   void add_row_gradients(const QueryBlock& block, const E* lse, const E* delta,
                          const RowSums<double>* sums, const OptionGradients<E>& to) const {
     for (int row = 0; row < block.rows; ++row) {
       if (lse[row] == __builtin_inf()) continue;
-      const int64_t head = block.head_of(row);
-      const int64_t at = row_index(p_, block.batch, head, block.position_of(row));
-      const double given = delta[row];
-      double exact = sums[row].grad + given * sums[row].weight;
-      if (backward_.grad_lse) exact -= static_cast<const E*>(backward_.grad_lse)[at];
-      if (to.slopes)
-        to.slopes[block.batch * p_.slopes_batch + head].add(
-            -(sums[row].grad_distance + (given - exact) * sums[row].weight_distance));
-      if (!to.sinks) continue;
-      const double sink = static_cast<const E*>(p_.sinks)[head] * kLog2E;
-      if (sink != -__builtin_inf()) to.sinks[head].add(-std::exp2(sink - lse[row]) * exact);
+      const int64_t head = block.head_of(row), query = block.position_of(row);
+      const int64_t at = row_index(p_, block.batch, head, query);
+      const RowSums<double>& s = sums[row];
+      double share = 0;
+      if (p_.sinks) {
+        const double sink = static_cast<const E*>(p_.sinks)[head] * kLog2E;
+        share = std::exp2(sink - static_cast<double>(lse[row]));
+      }
+      const double all = s.weight + share, given = delta[row];
+      share /= all;
+      const double products = (s.grad + given * s.weight) / all;  // sum(P dP)
+      const double grad_lse =
+          backward_.grad_lse ? static_cast<const E*>(backward_.grad_lse)[at] : E(0);
+      const double exact = products - grad_lse;
+      if (to.sinks && share > 0) to.sinks[head].add(-share * exact);
+      if (!to.slopes) continue;
+      const double beyond = (s.grad_distance + (given - exact) * s.weight_distance) / all;
+      const double rest = products * share + grad_lse * (1 - share);  // sum(P (dP - exact))
+      to.slopes[block.batch * p_.slopes_batch + head].add(
+          -(beyond + static_cast<double>(nearest_key_distance(query)) * rest));
     }
   }
 

@@ -9,7 +9,8 @@ namespace {
 
 // Sums over the keys of each query, from which the gradients of slopes and sinks are made. They
 // replace delta, which is only as exact as the rounded output: its error would be multiplied by the
-// distance of every key.
+// distance of every key. Distances are taken from the nearest key there is, so that for a query far
+// from all keys no large common part has to cancel.
 template <class E>
 struct RowSums {
   E weight, weight_distance;  // P, and P times the distance
@@ -19,11 +20,13 @@ template <class V>
 struct alignas(64) LaneSums {
   using E = typename V::Elem;
   E position[kMaxLanes<V>];  // of the query, counted from the block's first key
+  E nearest[kMaxLanes<V>];   // distance of the nearest key
   E weight[kMaxLanes<V>], weight_distance[kMaxLanes<V>];
   E grad[kMaxLanes<V>], grad_distance[kMaxLanes<V>];
 
   FMK_LAMBDA void add(int column, int64_t key, V p, V plain) {
-    const V distance = abs(load(position + column) - splat(static_cast<E>(key)));
+    const V distance =
+        abs(load(position + column) - splat(static_cast<E>(key))) - load(nearest + column);
     store(weight + column, load(weight + column) + p);
     store(weight_distance + column, fma(p, distance, load(weight_distance + column)));
     store(grad + column, load(grad + column) + plain);

@@ -1,6 +1,6 @@
 // Of each query's softmax: entropy, largest weight and its key, in one pass over the keys with an
 // online softmax; nothing of the size of the scores is held.
-#include "cpu/attention_online.h"
+#include "cpu/attention_scores.h"
 #include "cpu/reduce.h"
 
 namespace fmk::FMK_ISA {
