@@ -151,6 +151,7 @@ FMK_INLINE void queries_from_keys(const Word<O>* a, int64_t lda, int rows,
   using M = Mac<O>;
   using V = Vec<O>;
   using Finish = StoreAccumulators<V>;
+  constexpr auto kPrefetch = Prefetch::kPanel;
   const auto split = PanelSplit<V>::of(width);
   const int64_t ld = split.padded_columns();
   const int tiles = (rows + kRowsPerTile - 1) / kRowsPerTile;
@@ -172,11 +173,19 @@ FMK_INLINE void queries_from_keys(const Word<O>* a, int64_t lda, int rows,
       in.init = accumulate ? to : nullptr;
       const Finish finish{to, ld};
       switch (split.width_vecs(i)) {
-        case 1: tile_of_width<M, true, Finish, 1, kRowsPerTile>(tile_rows, in, finish); break;
-        case 2: tile_of_width<M, true, Finish, 2, kRowsPerTile>(tile_rows, in, finish); break;
+        case 1:
+          tile_of_width<M, true, Finish, 1, kRowsPerTile, kPrefetch>(tile_rows, in, finish);
+          break;
+        case 2:
+          tile_of_width<M, true, Finish, 2, kRowsPerTile, kPrefetch>(tile_rows, in, finish);
+          break;
 #if defined(__AVX512F__)
-        case 3: tile_of_width<M, true, Finish, 3, kRowsPerTile>(tile_rows, in, finish); break;
-        case 4: tile_of_width<M, true, Finish, 4, kRowsPerTile>(tile_rows, in, finish); break;
+        case 3:
+          tile_of_width<M, true, Finish, 3, kRowsPerTile, kPrefetch>(tile_rows, in, finish);
+          break;
+        case 4:
+          tile_of_width<M, true, Finish, 4, kRowsPerTile, kPrefetch>(tile_rows, in, finish);
+          break;
 #endif
       }
     }

@@ -113,14 +113,14 @@ struct ScoreFinish {
 };
 
 // The tile of `vecs` vectors and the most rows that fit beside them.
-template <class M, class Finish>
+template <class M, Prefetch kPrefetch, class Finish>
 FMK_INLINE void run_full_tile(int vecs, const TileOperands<M>& in, const Finish& finish) {
   switch (vecs) {
-    case 1: return tile<M, kTileRows[1], 1, false>(in, finish);
-    case 2: return tile<M, kTileRows[2], 2, false>(in, finish);
+    case 1: return tile<M, kTileRows[1], 1, false, Finish, kPrefetch>(in, finish);
+    case 2: return tile<M, kTileRows[2], 2, false, Finish, kPrefetch>(in, finish);
 #if defined(__AVX512F__)
-    case 3: return tile<M, kTileRows[3], 3, false>(in, finish);
-    case 4: return tile<M, kTileRows[4], 4, false>(in, finish);
+    case 3: return tile<M, kTileRows[3], 3, false, Finish, kPrefetch>(in, finish);
+    case 4: return tile<M, kTileRows[4], 4, false, Finish, kPrefetch>(in, finish);
 #endif
   }
 }
@@ -135,6 +135,8 @@ FMK_INLINE void keys_times_queries(const WordRows& rows, int64_t key0, int64_t c
                                    const FinishOf& finish_of) {
   using M = Mac<O>;
   constexpr int W = Vec<O>::W;
+  constexpr int64_t kHalfOfL1 = 16 << 10;
+  const bool in_l1 = words * block.vecs * W * static_cast<int64_t>(sizeof(Word<O>)) <= kHalfOfL1;
   for (int64_t k = 0; k < count;) {
     const int hidden = block.hidden_vecs(key0 + k, W), vecs = block.vecs - hidden;
     const Word<O>* row_pointers[kMaxTileRows];
@@ -146,7 +148,10 @@ FMK_INLINE void keys_times_queries(const WordRows& rows, int64_t key0, int64_t c
     in.words = words;
     in.b = panel + hidden * W;
     in.ldb = block.vecs * W;
-    run_full_tile<M>(vecs, in, finish_of(k, hidden));
+    if (in_l1)
+      run_full_tile<M, Prefetch::kNothing>(vecs, in, finish_of(k, hidden));
+    else
+      run_full_tile<M, Prefetch::kPanel>(vecs, in, finish_of(k, hidden));
     k += kTileRows[vecs];
   }
 }

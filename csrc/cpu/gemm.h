@@ -55,13 +55,27 @@ constexpr int kPartialSums =
 // hardware alone does not keep up on every processor. A line more than is read does no harm.
 constexpr int64_t kPanelPrefetchSteps = 4;
 template <class Mac, int NV>
-FMK_INLINE void prefetch_panel(const typename Mac::Word* b, int64_t ldb) {
-  FMK_FOR (j, NV) __builtin_prefetch(b + kPanelPrefetchSteps * ldb + j * Mac::V::W);
+FMK_INLINE void prefetch_panel(const typename Mac::Word* panel_ahead) {
+  FMK_FOR (j, NV) __builtin_prefetch(panel_ahead + j * Mac::V::W);
+}
+// What a tile asks for in its loop. The widest tile issues nearly four instructions a cycle, which
+// is all there is, so each of these costs time where the memory would have come by itself.
+enum class Prefetch {
+  kNothing,        // the panel is in L1
+  kPanel,          // the steps to come of the panel
+  kPanelAndAhead,  // and TileOperands::ahead
+};
+// `pointer`, to the compiler a value of its own: as sums of another pointer and constants, one per
+// vector, a loop's addresses would take more registers than there are.
+template <class T>
+FMK_INLINE T* opaque(T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
 }
 
 // acc += A B over `words` words of MR rows, from word `first` of each on; the accumulators of a
 // tile, in kPartialSums sets.
-template <class Mac, int MR, int NV, int kSums>
+template <class Mac, Prefetch kPrefetch = Prefetch::kPanelAndAhead, int MR, int NV, int kSums>
 FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
                                 const typename Mac::Word* const* rows, int64_t words,
                                 const typename Mac::Word* b, int64_t ldb, int64_t first = 0,
@@ -70,12 +84,18 @@ FMK_INLINE void accumulate_rows(typename Mac::V (&acc)[kSums][MR][NV],
   if (!ahead) ahead = reinterpret_cast<const char*>(b);
   const typename Mac::Word* row[MR];
   FMK_FOR (i, MR) row[i] = rows[i] + first;
+  const typename Mac::Word* panel_ahead = opaque(b + kPanelPrefetchSteps * ldb);
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
-    prefetch_panel<Mac, NV>(b, ldb);
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += ahead_step;
+    if constexpr (kPrefetch >= Prefetch::kPanel) {
+      prefetch_panel<Mac, NV>(panel_ahead);
+      panel_ahead = opaque(panel_ahead + ldb);
+    }
+    if constexpr (kPrefetch == Prefetch::kPanelAndAhead) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+    }
     FMK_FOR (i, MR) {
       const V x = Mac::splat_word(row[i] + k);
       FMK_FOR (j, NV) set[i][j] = Mac::mac(set[i][j], x, panel[j]);
@@ -111,7 +131,8 @@ FMK_INLINE void add_sums(V (&acc)[kSums][MR][NV], const typename V::Elem* init, 
   }
 }
 
-template <class Mac, int MR, int NV, bool kReductionMajor, class Finish>
+template <class Mac, int MR, int NV, bool kReductionMajor, class Finish,
+          Prefetch kPrefetch = Prefetch::kPanelAndAhead>
 FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   using V = typename Mac::V;
   using Word = typename Mac::Word;
@@ -129,14 +150,20 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   if constexpr (kReductionMajor) {
     const int64_t lda = in.lda, ahead_step = in.ahead ? in.ahead_step : 0;
     const char* ahead = reinterpret_cast<const char*>(in.ahead ? in.ahead : b);
+    const Word* panel_ahead = opaque(b + kPanelPrefetchSteps * ldb);
     for (int64_t element = 0; element < in.batch; ++element) {
       const Word* a = in.rows ? in.rows[element] : in.a;
       for (int64_t k = 0; k < words; ++k, b += ldb, a += lda) {
         V panel[NV];
         FMK_FOR (j, NV) panel[j] = pin(Mac::load_words(b + j * V::W));
-        prefetch_panel<Mac, NV>(b, ldb);
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += ahead_step;
+        if constexpr (kPrefetch >= Prefetch::kPanel) {
+          prefetch_panel<Mac, NV>(panel_ahead);
+          panel_ahead = opaque(panel_ahead + ldb);
+        }
+        if constexpr (kPrefetch == Prefetch::kPanelAndAhead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += ahead_step;
+        }
         FMK_FOR (i, MR) {
           const V x = Mac::splat_word(a + i);
           FMK_FOR (j, NV) acc[0][i][j] = Mac::mac(acc[0][i][j], x, panel[j]);
@@ -147,8 +174,8 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
     const Word* const* rows = in.rows;
     const int64_t rows_step = in.batch_step ? 0 : MR;
     for (int64_t element = 0; element < in.batch; ++element, rows += rows_step, b += words * ldb)
-      accumulate_rows<Mac>(acc, rows, words, b, ldb, element * in.batch_step,
-                           static_cast<const char*>(in.ahead), in.ahead_step);
+      accumulate_rows<Mac, kPrefetch>(acc, rows, words, b, ldb, element * in.batch_step,
+                                      static_cast<const char*>(in.ahead), in.ahead_step);
   }
   add_sums(acc, in.init, in.ld_init, in.init_vec_step);
   finish.template run<MR, NV>(acc[0]);
@@ -159,12 +186,14 @@ template <class V>
 constexpr int kMaxTileElems = 24 * V::W;  // rows x vectors of the largest tile
 
 // tile<...> for run-time sizes: rows in [1, kTileRows[vecs]], vecs in [1, 4].
-template <class Mac, bool kReductionMajor, class Finish, int NV, int MR = kTileRows[NV]>
+template <class Mac, bool kReductionMajor, class Finish, int NV, int MR = kTileRows[NV],
+          Prefetch kPrefetch = Prefetch::kPanelAndAhead>
 FMK_INLINE void tile_of_width(int rows, const TileOperands<Mac>& in, const Finish& finish) {
   if constexpr (MR > 1) {
-    if (rows < MR) return tile_of_width<Mac, kReductionMajor, Finish, NV, MR - 1>(rows, in, finish);
+    if (rows < MR)
+      return tile_of_width<Mac, kReductionMajor, Finish, NV, MR - 1, kPrefetch>(rows, in, finish);
   }
-  tile<Mac, MR, NV, kReductionMajor>(in, finish);
+  tile<Mac, MR, NV, kReductionMajor, Finish, kPrefetch>(in, finish);
 }
 template <class Mac, bool kReductionMajor, class Finish>
 FMK_INLINE void run_tile(int rows, int vecs, const TileOperands<Mac>& in, const Finish& finish) {

@@ -68,7 +68,7 @@ FMK_INLINE void accumulate_even_rows(typename M::V (&acc)[kSums][MR][NV],
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(M::load_words(b + k * kWidth + j * V::W));
-    prefetch_panel<M, NV>(b + k * kWidth, kWidth);
+    prefetch_panel<M, NV>(b + (k + kPanelPrefetchSteps) * kWidth);
     if constexpr (kAhead) {
       __builtin_prefetch(next, 0, 2);
       next += ahead_step;
