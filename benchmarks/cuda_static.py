@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # last: the installed fmkernels comes before the checkout's sources
 from build_support import cuda, native  # noqa: E402
 
 ARCHS = ("sm_80", "sm_90", "sm_100")

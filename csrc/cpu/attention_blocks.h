@@ -14,6 +14,13 @@ namespace {
 // Rows of the tiles whose height is free: six fill the registers beside the widest panel.
 constexpr int kRowsPerTile = 6;
 
+// Whether a panel of that many words and columns stays in L1 while other operands stream past it.
+template <class O>
+FMK_INLINE bool stays_in_l1(int64_t words, int64_t columns) {
+  constexpr int64_t kHalfOfL1 = 16 << 10;
+  return words * columns * static_cast<int64_t>(sizeof(Word<O>)) <= kHalfOfL1;
+}
+
 // Hands out pieces of one scratch buffer. Built twice: without memory to learn the size, then with
 // it.
 struct Carver {

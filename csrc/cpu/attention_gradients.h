@@ -112,22 +112,23 @@ FMK_NOINLINE void probabilities_block(const ScoreGradients<O>& g, int64_t key0, 
 
 // out[count][padded width] += A panel: a row of A [count, up to a whole number of tiles][lanes] per
 // key, the panel's rows one per query of the block.
-template <class O>
-FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const QueryBlock& block,
-                                  const PanelRows<O>& panel, int64_t width, Acc<O>* out) {
+template <class O, Prefetch kPrefetch>
+FMK_INLINE void add_keys_from_queries(const O* a, int64_t key0, int64_t count,
+                                      const QueryBlock& block, const PanelRows<O>& panel,
+                                      int64_t width, Acc<O>* out) {
   using M = Mac<O>;
   using V = Vec<O>;
   using Finish = StoreAccumulators<V>;
-  constexpr int kPair = M::kPair;
+  constexpr int kPair = M::kPair, kRows = kRowsPerTile;
   const auto split = PanelSplit<V>::of(width);
   const int64_t ld = split.padded_columns(), lanes = block.vecs * V::W;
-  for (int64_t k = 0; k < count; k += kRowsPerTile) {
+  for (int64_t k = 0; k < count; k += kRows) {
     // Queries before key0 + k do not see any key of the tile.
     int64_t skip = 0;
     if (block.ordered)
       skip = max_of<int64_t>(0, min_of<int64_t>(key0 + k - block.edge, block.rows)) / kPair;
-    const Word<O>* row_pointers[kRowsPerTile];
-    for (int i = 0; i < kRowsPerTile; ++i)
+    const Word<O>* row_pointers[kRows];
+    for (int i = 0; i < kRows; ++i)
       row_pointers[i] = reinterpret_cast<const Word<O>*>(a + (k + i) * lanes) + skip;
     TileOperands<M> in;
     in.rows = row_pointers;
@@ -140,15 +141,23 @@ FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const
       in.init = out + k * ld + column;
       const Finish finish{out + k * ld + column, ld};
       switch (split.width_vecs(i)) {
-        case 1: tile<M, kRowsPerTile, 1, false>(in, finish); break;
-        case 2: tile<M, kRowsPerTile, 2, false>(in, finish); break;
+        case 1: tile<M, kRows, 1, false, Finish, kPrefetch>(in, finish); break;
+        case 2: tile<M, kRows, 2, false, Finish, kPrefetch>(in, finish); break;
 #if defined(__AVX512F__)
-        case 3: tile<M, kRowsPerTile, 3, false>(in, finish); break;
-        case 4: tile<M, kRowsPerTile, 4, false>(in, finish); break;
+        case 3: tile<M, kRows, 3, false, Finish, kPrefetch>(in, finish); break;
+        case 4: tile<M, kRows, 4, false, Finish, kPrefetch>(in, finish); break;
 #endif
       }
     }
   }
+}
+template <class O>
+FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const QueryBlock& block,
+                                  const PanelRows<O>& panel, int64_t width, Acc<O>* out) {
+  if (stays_in_l1<O>(words_of<O>(block.rows), panel.ld))
+    add_keys_from_queries<O, Prefetch::kNothing>(a, key0, count, block, panel, width, out);
+  else
+    add_keys_from_queries<O, Prefetch::kPanel>(a, key0, count, block, panel, width, out);
 }
 
 // Sums that queries of several heads share, in the compute type; null where not wanted.

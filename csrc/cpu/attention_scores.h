@@ -135,8 +135,7 @@ FMK_INLINE void keys_times_queries(const WordRows& rows, int64_t key0, int64_t c
                                    const FinishOf& finish_of) {
   using M = Mac<O>;
   constexpr int W = Vec<O>::W;
-  constexpr int64_t kHalfOfL1 = 16 << 10;
-  const bool in_l1 = words * block.vecs * W * static_cast<int64_t>(sizeof(Word<O>)) <= kHalfOfL1;
+  const bool in_l1 = stays_in_l1<O>(words, block.vecs * W);
   for (int64_t k = 0; k < count;) {
     const int hidden = block.hidden_vecs(key0 + k, W), vecs = block.vecs - hidden;
     const Word<O>* row_pointers[kMaxTileRows];
