@@ -187,6 +187,7 @@ def test_dense_convolutions_with_nothing_to_fuse_are_left_to_the_vendor():
         input = torch.empty(8, 64, 28, 28, device="cuda")
         weight, few = torch.empty(128, 64, 3, 3), torch.empty(128, 16, 3, 3)
         assert yields(input, weight, plain)[0] == "reference"
+        assert yields(input, weight, plain, True) is None, "scale, shift or residual are fused"
         assert yields(input, weight, plain._replace(activation="relu")) is None
         assert yields(input, weight, plain._replace(transposed=True)) is None
         assert yields(input, few, plain._replace(groups=4)) is None

@@ -74,7 +74,7 @@ def check_vectors(input: Tensor, channels: int, **vectors: Tensor | None) -> Non
         _checks.tensor(name, vector)
         wide = name != "bias" and vector.dtype == opmath_dtype(input.dtype)
         if not (wide and vector.device == input.device):
-            _checks.operand(name, vector, "input", input)
+            _checks.same_kind(name, vector, "input", input)
         _checks.shape(name, vector, (channels,), "one per output channel")
 
 

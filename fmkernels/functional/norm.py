@@ -170,10 +170,10 @@ def _norm(
     result_dtype = _common(input, residual)
     dtype = _common(input, *operands.values())
     output, total = autograd.norm(
-        _as(input, dtype, rows),
-        _as(residual, dtype, rows),
-        _as(weight, dtype, rows[-1:]),
-        _as(bias, dtype, rows[-1:]),
+        _shaped(input, dtype, rows),
+        _shaped(residual, dtype, rows),
+        _shaped(weight, dtype, rows[-1:]),
+        _shaped(bias, dtype, rows[-1:]),
         rms,
         eps,
         dropout_p,
@@ -181,11 +181,11 @@ def _norm(
         backend,
     )
     if residual is not None and return_sum:
-        total = _as(total, result_dtype, input.shape)
-    return _as(output, result_dtype, input.shape), total
+        total = _shaped(total, result_dtype, input.shape)
+    return _shaped(output, result_dtype, input.shape), total
 
 
-def _as(operand: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+def _shaped(operand: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
     """``operand`` in that dtype and shape. The kernels normalise over the last dimension only."""
     if operand is None:
         return None

@@ -98,8 +98,9 @@ def conv(
     input, weight, bias, residual, state = cast_for_autocast(input, weight, bias, residual, state)
     if weight is not raw_weight:
         packed_weight = None
+    has_epilogue = not (scale is None and shift is None and residual is None)
     if state is not None:
-        if scale is None and shift is None and residual is None:
+        if not has_epilogue:
             output = causal_conv(input, weight, bias, state, options, backend)
             if output is not None:
                 return output
@@ -108,7 +109,9 @@ def conv(
         bare = options._replace(pool=None, window=())
         output = conv(input, weight, bias, scale, shift, residual, packed_weight, bare, backend)
         return pool(output, options.pool, options.window, backend)
-    name, implementation = select(op_name(options), CONV, backend, input, weight, options)
+    name, implementation = select(
+        op_name(options), CONV, backend, input, weight, options, has_epilogue
+    )
     channels_last = is_channels_last(input)
     opmath = opmath_dtype(input.dtype)
     input = in_layout(input, channels_last)

@@ -43,7 +43,8 @@ def fuses_pool(kernel_size: Sequence[int], options: ConvOptions | None = None) -
     return tuple(kernel_size) in FUSED_POOL_WINDOWS and not apart
 
 
-def _cpu_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
+# A convolution's problem: input, weight, options, and whether scale, shift or a residual follows.
+def _cpu_supports_conv(input: Tensor, *rest: object) -> Support:
     return native_cpu_support(input, _NATIVE_CONV)
 
 
@@ -67,16 +68,16 @@ def _cpu_supports_norm(input: Tensor) -> Support:
     return native_cpu_support(input, _NATIVE_NORM)
 
 
-def _triton_supports_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
+def _triton_supports_conv(*problem: object) -> Support:
     return SUPPORTED
 
 
 def _triton_yields_conv(
-    input: Tensor, weight: Tensor, options: ConvOptions
+    input: Tensor, weight: Tensor, options: ConvOptions, has_epilogue: bool = False
 ) -> tuple[str, str] | None:
     """Many channels, all of them mixed, and nothing behind the convolution to fuse."""
     dense = options.groups == 1 and min(weight.shape[:2]) >= 64 and input.dim() > 3
-    plain = not (options.activation or options.pool or options.transposed)
+    plain = not (has_epilogue or options.activation or options.pool or options.transposed)
     if input.is_cuda and dense and plain and options.padding_mode == "zeros":
         return "reference", "a plain dense convolution is what cuDNN and MIOpen do best"
     return None

@@ -96,7 +96,9 @@ def _backward_fake(
 # memory, so what counts is that each element is read once (the halo lies in shared memory) and
 # that bias and activation are no passes of their own. Channels last is left to Triton, whose tiles
 # of channels suit it. From counts of bytes, not measured.
-def depthwise_supports(input: Tensor, weight: Tensor, options: ConvOptions) -> Support:
+def depthwise_supports(
+    input: Tensor, weight: Tensor, options: ConvOptions, has_epilogue: bool = False
+) -> Support:
     """Whether the kernels serve a convolution."""
     support = cuda_support(input)
     if not support.ok:

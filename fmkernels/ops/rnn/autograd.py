@@ -427,6 +427,9 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 _NO_MASKS = (None,) * 4
+# What unchecked operands can raise. Nothing is lost: the caller then takes the checked way, which
+# raises again, naming the argument.
+_CLOSER_LOOK = (AttributeError, RuntimeError, TypeError, ValueError)
 _UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
 
 
@@ -475,7 +478,7 @@ def quick_lstm_cell(
         results = _lstm_layer(
             "cpu", input, h, c, weights, packed_weight, _NO_MASKS, options, False, False
         )
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except _CLOSER_LOOK:
         return None
     return results[1], results[2]
 
@@ -500,7 +503,7 @@ def quick_simple_cell(
         return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
             1
         ]
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except _CLOSER_LOOK:
         return None
 
 
