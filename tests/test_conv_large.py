@@ -9,7 +9,10 @@ import torch.nn.functional as F
 import fmkernels.functional as FF
 from fmkernels import _native, testing
 
-pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="needs the native kernels")
+pytestmark = pytest.mark.skipif(
+    not _native.HAS_NATIVE,
+    reason=f"tests native kernels alone, and there is no native library: {_native.NATIVE_ERROR}",
+)
 
 # Input, output channels, kernel, groups: pointwise, direct, Winograd, depthwise, and a number of
 # channels that fills no whole vectors. Rows are no multiples of a tile.

@@ -9,7 +9,10 @@ import fmkernels.functional as FF
 import fmkernels.nn as fnn
 from fmkernels import _native, testing
 
-pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="without the native library")
+pytestmark = pytest.mark.skipif(
+    not _native.HAS_NATIVE,
+    reason=f"tests native kernels alone, and there is no native library: {_native.NATIVE_ERROR}",
+)
 
 CELLS = {
     "lstm": (FF.lstm_cell, torch._VF.lstm_cell, 4),
