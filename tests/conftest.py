@@ -20,10 +20,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("FMKERNELS_POISON", "1")
 
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
 
 from fmkernels import UnsupportedError  # noqa: E402
 from fmkernels.ops._triton import support  # noqa: E402
 from fmkernels.ops._triton.guarded import guarded_kernels  # noqa: E402
+
+# What PyTorch calls deprecated, and an error only where the variable CI is set.
+torch._functorch.config.error_on_custom_op_aliasing = True
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -257,7 +257,7 @@ def conv_backward(
     opmath = _activations.opmath_dtype(dtype)
     pixels = (0, *range(2, dims + 2))
     grad, kept = grad_output, output if activation == "relu" else saved
-    grad_scale = grad_shift = input.new_empty(0, dtype=opmath)
+    grad_scale, grad_shift = (input.new_empty(0, dtype=opmath) for _ in range(2))
     grad_residual = input.new_empty(0)
     if scale is not None or need_shift or need_residual:
         # These need the pre-activation's gradient as a tensor; else the kernels compute it.

@@ -107,7 +107,7 @@ def conv_backward(
         tuple(problem.y_size), need_input or need_weight, need_residual,
         need_bias or need_shift, need_scale,
     )  # fmt: skip
-    absent = input.new_empty((0,))
+    absent = input.new_empty
     opmath = _activations.opmath_dtype(input.dtype)
     channels = problem.y_channels * groups
     sums = None
@@ -117,17 +117,17 @@ def conv_backward(
     grad_input, grad_weight = _matrix_gradients(
         problem, grad_conv, input, weight, need_input, need_weight, shift_sums, sums, exact
     )
-    grad_bias = absent
+    grad_bias = None
     if need_bias:
-        grad_bias = (sums if scale is None else sums * scale).to(input.dtype)
-    absent_vector = input.new_empty((0,), dtype=opmath)
+        grad_bias = sums if scale is None else sums * scale
+        grad_bias = grad_bias.to(input.dtype, copy=need_shift)  # two results share no memory
     return (
-        absent if grad_input is None else grad_input,
-        absent if grad_weight is None else grad_weight,
-        grad_bias,
-        scale_sums.sum(0) if need_scale else absent_vector,
-        sums if need_shift else absent_vector,
-        grad_pre if need_residual else absent,
+        absent(0) if grad_input is None else grad_input,
+        absent(0) if grad_weight is None else grad_weight,
+        absent(0) if grad_bias is None else grad_bias,
+        scale_sums.sum(0) if need_scale else absent(0, dtype=opmath),
+        sums if need_shift else absent(0, dtype=opmath),
+        grad_pre if need_residual else absent(0),
     )
 
 

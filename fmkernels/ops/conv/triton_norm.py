@@ -432,7 +432,8 @@ def channel_norm_backward(
         KERNEL=three(kernel), STRIDE=three(stride), POOL=pool, ACTIVATION=activation, **constants,
     )  # fmt: skip
     sums, products = sums.sum(1), products.sum(1)  # (images, channels)
-    grad_input = absent = input.new_empty((0,))
+    absent = input.new_empty
+    grad_input = None
     if need_input:
         averages = []
         for total in (sums, products):
@@ -445,10 +446,9 @@ def channel_norm_backward(
             *averages, grad_input, layout.channels, *layout.size, layout.rows, layout.blocks,
             layout.groups, **constants,
         )  # fmt: skip
-    absent_vector = input.new_empty((0,), dtype=opmath)
     return (
-        grad_input,
-        products.sum(0) if need_weight else absent_vector,
-        sums.sum(0) if need_bias else absent_vector,
-        grad_pre if need_residual else absent,
+        absent(0) if grad_input is None else grad_input,
+        products.sum(0) if need_weight else absent(0, dtype=opmath),
+        sums.sum(0) if need_bias else absent(0, dtype=opmath),
+        grad_pre if need_residual else absent(0),
     )

@@ -46,12 +46,12 @@ def feed_forward_forward(
         )
     output = input.new_empty((*leading, weight2.shape[0]))
     gemm_forward(hidden, weight2, bias2, residual, None, output, None)
-    absent = input.new_empty((0,))
+    absent = input.new_empty
     return (
         output,
-        hidden if save_for_backward else absent,
-        absent if preactivation is None else preactivation,
-        absent if gate is None else gate,
+        hidden if save_for_backward else absent(0),
+        absent(0) if preactivation is None else preactivation,
+        absent(0) if gate is None else gate,
     )
 
 
@@ -102,6 +102,6 @@ def feed_forward_backward(
             grad, input, weight1, need_input, need_weight1, need_bias1, grad_input
         )
     grads["weight2"], grads["bias2"] = grad_weight2, grad_bias2
-    absent = input.new_empty((0,))
+    absent = input.new_empty
     names = ("input", "weight1", "bias1", "gate_weight", "gate_bias", "weight2", "bias2")
-    return tuple(absent if grads.get(name) is None else grads[name] for name in names)
+    return tuple(absent(0) if grads.get(name) is None else grads[name] for name in names)

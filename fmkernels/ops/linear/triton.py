@@ -21,7 +21,7 @@ def linear_forward(
     """See schema.py. ``packed_weight`` is not read. One launch."""
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
     save = save_for_backward and _activations.needs_preactivation(activation)
-    saved = torch.empty_like(output) if save else input.new_empty((0,))
+    saved = torch.empty_like(output) if save else input.new_empty(0)
     gemm_forward(input, weight, bias, residual, activation, output, saved if save else None)
     return output, saved
 
@@ -39,7 +39,7 @@ def linear_backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See schema.py. At most three launches: activation, gradients, sum of the splits."""
-    absent = input.new_empty((0,))
+    absent = input.new_empty
     grad_pre = grad_output
     if activation is not None:
         operand = output if activation == "relu" else saved
@@ -50,8 +50,8 @@ def linear_backward(
         grad_pre, input, weight, need_input, need_weight, need_bias
     )
     return (
-        absent if grad_input is None else grad_input,
-        absent if grad_weight is None else grad_weight,
-        absent if grad_bias is None else grad_bias,
-        grad_pre if need_residual else absent,
+        absent(0) if grad_input is None else grad_input,
+        absent(0) if grad_weight is None else grad_weight,
+        absent(0) if grad_bias is None else grad_bias,
+        grad_pre if need_residual else absent(0),
     )

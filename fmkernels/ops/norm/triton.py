@@ -286,7 +286,6 @@ def norm_forward(
     features = input.shape[-1]
     rows = input.numel() // max(features, 1)
     opmath = opmath_dtype(input.dtype)
-    absent, absent_statistic = input.new_empty((0,)), input.new_empty((0,), dtype=opmath)
     output = torch.empty_like(input)
     keep_sum = residual is not None and (save_for_backward or return_sum)
     total = torch.empty_like(input) if keep_sum else None
@@ -317,9 +316,9 @@ def norm_forward(
     )
     return (
         output,
-        absent if total is None else total,
-        absent_statistic if mean is None else mean,
-        absent_statistic if rstd is None else rstd,
+        input.new_empty(0) if total is None else total,
+        input.new_empty(0, dtype=opmath) if mean is None else mean,
+        input.new_empty(0, dtype=opmath) if rstd is None else rstd,
     )
 
 
@@ -390,6 +389,5 @@ def norm_backward(
     if pairs and parts:
         second = pairs[1] if len(pairs) > 1 else (None, None)
         sum_splits(*pairs[0], *second)
-    absent = sum.new_empty((0,))
     results = (grad_input, grad_residual, *vectors)
-    return tuple(absent if result is None else result for result in results)
+    return tuple(sum.new_empty(0) if result is None else result for result in results)
