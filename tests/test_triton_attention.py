@@ -88,6 +88,13 @@ CASES = {
         "dropout_seed": SEED,
         "window_right": 0,
     },
+    # Most queries are far from every key: what all distances have in common must not cancel.
+    "few_keys": {
+        "cu_seqlens_q": torch.tensor([0, 80, 90], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 3, 100], dtype=torch.int32),
+        "alibi_slopes": torch.tensor([[0.5, 0.1]]),
+        "sinks": torch.tensor([-40.0, -2.0]),
+    },
 }
 
 
@@ -127,7 +134,10 @@ def doubled(tensor):
     return tensor.double() if floating else tensor
 
 
-HALF = ("plain", "softcap", "mask_of_keys", "everything", "packed_everything")
+HALF = (
+    "plain", "softcap", "alibi", "sinks", "mask_of_keys", "everything", "packed_everything",
+    "few_keys",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

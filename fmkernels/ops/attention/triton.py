@@ -180,19 +180,21 @@ def sdpa_backward(
     problem = _Problem(query, key, value, Options(*options_and_needs[:count]))
     grad_output = _near(grad_output)
     grads = [query.new_empty(0) for _ in range(6)]
-    delta, sinks = _row_sums(problem, grad_output, grad_lse, _near(output), lse, need_sinks)
-    if need_sinks:
-        grads[5] = sinks
+    delta = _row_sums(problem, grad_output, grad_lse, _near(output), lse)
     rows = (grad_output, lse, delta)
     if need_key or need_value:
         grads[1], grads[2] = _keys_and_values(problem, *rows)
     own_mask = need_mask and tuple(problem.options.attn_mask.shape) == (*lse.shape, problem.keys)
-    if need_query or need_slopes or own_mask:
-        grads[0], mask, slopes = _queries(problem, *rows, own_mask, need_slopes)
+    if need_query or need_slopes or need_sinks or own_mask:
+        grads[0], mask, slopes, sinks = _queries(
+            problem, *rows, grad_lse, own_mask, need_slopes, need_sinks
+        )
         if own_mask:
             grads[3] = mask
         if need_slopes:
             grads[4] = _slopes_gradient(slopes, problem.options)
+        if need_sinks:
+            grads[5] = sinks.sum(dim=(0, 2))
     if need_mask and not own_mask:
         grads[3] = _broadcast_mask(problem, *rows)
     return tuple(grads)
@@ -204,14 +206,11 @@ def _row_sums(
     grad_lse: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    need_sinks: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """delta, like lse; the gradient of the sinks if needed."""
+) -> Tensor:
+    """delta, like lse."""
     config = configs.STREAM[architecture()]["all"]
     blocks = triton.cdiv(problem.queries, config["BLOCK_M"])
     delta = torch.empty_like(lse)
-    sinks = problem.options.sinks
-    shares = lse.new_empty(problem.batch, problem.heads, blocks) if need_sinks else None
     launch(
         attention_bwd_preprocess_kernel,
         (blocks * problem.batch * problem.heads,),
@@ -220,9 +219,7 @@ def _row_sums(
         output,
         lse,
         grad_lse,
-        sinks if need_sinks else None,
         delta,
-        shares,
         _strides(grad_output),
         _strides(output),
         problem.queries,
@@ -230,7 +227,7 @@ def _row_sums(
         VALUE_DIM=problem.value_width,
         BLOCK_E=problem.constants["BLOCK_E"],
     )
-    return delta, None if shares is None else shares.sum(dim=(0, 2))
+    return delta
 
 
 def _keys_and_values(
@@ -281,10 +278,12 @@ def _queries(
     grad_output: Tensor,
     lse: Tensor,
     delta: Tensor,
+    grad_lse: Tensor | None,
     need_mask: bool,
     need_slopes: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the query, of a mask that is not broadcast, and of each row's slope."""
+    need_sinks: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the query, of a mask that is not broadcast, of each row's slope and sink."""
     given = problem.options
     grad_query = problem.query.new_empty(problem.query.shape)
     # Zeros: blocks that causal attention or a window hides are not visited.
@@ -292,6 +291,8 @@ def _queries(
         given.attn_mask, memory_format=torch.contiguous_format
     ) if need_mask else None  # fmt: skip
     grad_slopes = torch.empty_like(lse) if need_slopes else None
+    grad_sinks = torch.empty_like(lse) if need_sinks else None
+    need_rows = need_slopes or need_sinks
     mask, mask_strides = problem.mask()
     config = problem.config(configs.QUERIES)
     launch(
@@ -303,15 +304,18 @@ def _queries(
         problem.value,
         grad_output,
         lse,
+        grad_lse if need_rows else None,
         delta,
         mask,
         given.alibi_slopes,
+        given.sinks if need_rows else None,
         given.cu_seqlens_q,
         given.cu_seqlens_k,
         given.dropout_seed,
         grad_query,
         grad_mask,
         grad_slopes,
+        grad_sinks,
         _strides(problem.query),
         _strides(problem.key),
         _strides(problem.value),
@@ -327,7 +331,7 @@ def _queries(
         **problem.constants,
         **problem.packed,
     )
-    return grad_query, grad_mask, grad_slopes
+    return grad_query, grad_mask, grad_slopes, grad_sinks
 
 
 def _slopes_gradient(by_row: Tensor, options: Options) -> Tensor:

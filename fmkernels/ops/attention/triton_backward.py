@@ -2,7 +2,8 @@
 
 Every gradient is summed by one program in a fixed order, so the same inputs give the same bits.
 With p the weights, dp = dout v^T (dropped and rescaled like p was) and
-delta = rowsum(dout * out) - dlse, the gradient of a score is ``ds = p * (dp - delta)``.
+delta = rowsum(dout * out) - dlse, the gradient of a score is ``ds = p * (dp - delta)``. As out is
+rounded, delta is only as exact as its dtype: see :func:`_row_gradients`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ def attention_bwd_preprocess_kernel(
     out_ptr,
     lse_ptr,
     dlse_ptr,
-    sinks_ptr,
     delta_ptr,
-    dsinks_ptr,
     dout_strides,  # batch, head, row
     out_strides,
     num_queries,
@@ -50,8 +49,7 @@ def attention_bwd_preprocess_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta (like lse: contiguous, fp32), and with dsinks_ptr (one per program) each program's
-    share of the sinks' gradient."""
+    """delta, like lse: contiguous, fp32."""
     blocks = tl.cdiv(num_queries, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // blocks % HEADS
@@ -75,10 +73,6 @@ def attention_bwd_preprocess_kernel(
     # A row without a visible key passes no gradient on, whatever comes in.
     delta = tl.where(lse == NEGATIVE_INFINITY, 0.0, delta)
     tl.store(delta_ptr + start + rows, delta, mask=inside)
-    if dsinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head)
-        weight = tl.where(lse == NEGATIVE_INFINITY, 0.0, tl.exp2((sink - lse) * LOG2_E))
-        tl.store(dsinks_ptr + pid, -tl.sum(weight * delta, 0))
 
 
 @triton.jit
@@ -226,7 +220,8 @@ def _score_gradient(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of a tile's scores (that is, of the mask) and the softcap's derivative."""
+    """The weights of a tile, the gradient of its scores (that is, of the mask), and the softcap's
+    derivative."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
     products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -241,7 +236,36 @@ def _score_gradient(
     if dropout.seed is not None:
         kept = keep_tile(dropout, first_lse, first_key, BLOCK_M, BLOCK_N)
         dweights = tl.where(kept, dweights * dropout.factor, 0.0)
-    return weights * (dweights - delta[:, None]), derivative
+    return weights, weights * (dweights - delta[:, None]), derivative
+
+
+@triton.jit
+def _row_gradients(
+    weight,  # sums over the keys: p,
+    weight_distance,  # p times the distance beyond the nearest key's,
+    grad,  # p * (dp - delta)
+    grad_distance,  # and that times this distance
+    nearest,
+    lse,  # as from _row_statistics
+    delta,
+    dlse,
+    sink,  # None: there are none
+):
+    """The gradients of each row's slope and of its sink.
+
+    delta is replaced by what the same weights give, exact = rowsum(p * dp) - dlse, for its error
+    would be multiplied by every distance. Weights and the sink's share of the softmax are divided
+    by their sum, for a rounded lse is a factor that all have in common.
+    """
+    share = tl.zeros_like(weight)
+    if sink is not None:
+        share = tl.exp2(sink * LOG2_E - lse)
+    total = weight + share
+    total = tl.where(total > 0.0, total, 1.0)  # a row without a visible key: all sums are 0
+    excess = (delta * share - grad) / total + dlse  # delta - exact
+    dsink = (excess - delta) * (share / total)
+    dslope = -((grad_distance + excess * weight_distance) / total + nearest * (dlse - dsink))
+    return dslope, dsink
 
 
 @triton.jit(
@@ -253,15 +277,18 @@ def attention_bwd_dq_kernel(
     v_ptr,
     dout_ptr,
     lse_ptr,
+    dlse_ptr,
     delta_ptr,
     mask_ptr,
     slopes_ptr,
+    sinks_ptr,
     cu_q_ptr,
     cu_k_ptr,
     seed_ptr,
     dq_ptr,
     dmask_ptr,
     dslopes_ptr,
+    dsinks_ptr,
     q_strides,  # batch, head, row
     k_strides,
     v_strides,
@@ -293,9 +320,10 @@ def attention_bwd_dq_kernel(
     """One program: dq of BLOCK_M queries of one head.
 
     With dmask_ptr also the gradient of their part of a mask that is not broadcast (zeroed before:
-    hidden blocks are skipped); with dslopes_ptr (zeroed, (sequences, H)) their share of the
-    slope's gradient, one number per row: dslopes is (B, H, M) like lse.
+    hidden blocks are skipped); with dslopes_ptr and dsinks_ptr their shares of these gradients,
+    one number per row: (B, H, M) like lse. dlse_ptr and sinks_ptr serve these two alone.
     """
+    ROW_SUMS: tl.constexpr = dslopes_ptr is not None or dsinks_ptr is not None
     blocks = count_blocks(num_queries, num_sequences, BLOCK_M, SEQUENCES)
     pid = tl.program_id(0)
     head = pid // blocks % HEADS
@@ -324,12 +352,16 @@ def attention_bwd_dq_kernel(
     )
     rows = first_query + tl.arange(0, BLOCK_M)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dslope = tl.zeros((BLOCK_M,), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    weight_distance = tl.zeros((BLOCK_M,), tl.float32)
+    grad = tl.zeros((BLOCK_M,), tl.float32)
+    grad_distance = tl.zeros((BLOCK_M,), tl.float32)
+    nearest = tl.maximum(rows - (keys.count - 1), 0)
     low, high, _ = key_range(first_query, scoring, BLOCK_M, BLOCK_N)
     for n in tl.range(low, high, BLOCK_N):
         k = load_rows(k_base, n, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D)
         v = load_rows(v_base, n, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
-        dscores, derivative = _score_gradient(
+        weights, dscores, derivative = _score_gradient(
             q, k, v, dout, lse, delta, first_query, n, queries.count, first_lse + first_query,
             scoring, mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -340,15 +372,33 @@ def attention_bwd_dq_kernel(
             inside = (rows < queries.count)[:, None] & (columns < keys.count)[None, :]
             tl.store(dmask_base + offsets, dscores.to(dmask_ptr.dtype.element_ty), mask=inside)
         if dslopes_ptr is not None:
-            distance = tl.abs(rows[:, None] - columns[None, :]).to(tl.float32)
-            dslope -= tl.sum(dscores * distance, 1)
+            distance = tl.abs(rows[:, None] - columns[None, :]) - nearest[:, None]
+            weight_distance += tl.sum(weights * distance, 1)
+            grad_distance += tl.sum(dscores * distance, 1)
+        if ROW_SUMS:
+            weight += tl.sum(weights, 1)
+            grad += tl.sum(dscores, 1)
         dq = dot((dscores * derivative).to(k.dtype), k, dq, PRECISION)
     dq_base = matrix_at(dq_ptr, dq_strides, queries.batch, head, queries.first)
     store_rows(
         dq_base, dq * scale, first_query, dq_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D
     )
-    if dslopes_ptr is not None:
-        tl.store(dslopes_ptr + first_lse + rows, dslope, mask=rows < queries.count)
+    if ROW_SUMS:
+        inside = rows < queries.count
+        dlse, sink = 0.0, None
+        if dlse_ptr is not None:
+            # A row without a visible key passes no gradient on.
+            given = inside & (lse != POSITIVE_INFINITY)
+            dlse = tl.load(dlse_ptr + first_lse + rows, mask=given, other=0.0)
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + head)
+        dslope, dsink = _row_gradients(
+            weight, weight_distance, grad, grad_distance, nearest, lse, delta, dlse, sink
+        )
+        if dslopes_ptr is not None:
+            tl.store(dslopes_ptr + first_lse + rows, dslope, mask=inside)
+        if dsinks_ptr is not None:
+            tl.store(dsinks_ptr + first_lse + rows, dsink, mask=inside)
 
 
 @triton.jit(
@@ -434,7 +484,7 @@ def attention_bwd_dmask_kernel(
                     n = block_n * BLOCK_N
                     k = load_rows(k_base, n, k_strides[2], num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
                     v = load_rows(v_base, n, v_strides[2], num_keys, VALUE_DIM, BLOCK_N, BLOCK_E)
-                    dscores, _ = _score_gradient(
+                    _, dscores, _ = _score_gradient(
                         q, k, v, dout, lse, delta, m, n, num_queries, first_lse + m, scoring,
                         mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
                     )  # fmt: skip

@@ -113,7 +113,7 @@ QUERIES: Table = {
     "sm_80": _cases(
         2,
         ((64, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1), _TINY),
-        (_SMALL, _SMALL, (16, 32, 4, 1), _TINY),
+        (_SMALL, (32, 32, 8, 1), (16, 32, 4, 1), _TINY),
     )
     | _cases(4, _FULL_PRECISION, ()),
     "sm_90": _cases(
