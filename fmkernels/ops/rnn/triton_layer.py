@@ -82,13 +82,6 @@ class Layer:
         """(T, B, D * width) or (B, T, D * width) as (D, T, B, width)."""
         return tensor.transpose(0, self.time_dim).unflatten(2, (-1, width)).permute(2, 0, 1, 3)
 
-    def active(self, lengths: Tensor | None) -> Tensor | None:
-        """(T, B, 1): whether a sequence takes part in a step; None if all always do."""
-        if lengths is None:
-            return None
-        steps = torch.arange(self.steps, device=lengths.device)
-        return (steps.unsqueeze(1) < lengths).unsqueeze(-1)
-
     def states_before(self, states: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
         """(D, T, B, width): what each step started from, given the states after each, and zeros
         where a sequence takes no part."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fmkernels.ops._triton.launch import launch
 from fmkernels.ops._triton.support import unsupported
 from fmkernels.ops.rnn import triton_configs as configs
 from fmkernels.ops.rnn.schema import LSTMOptions
+from fmkernels.ops.rnn.sequences import active_steps
 from fmkernels.ops.rnn.triton_layer import (
     Alternating,
     Layer,
@@ -79,11 +82,10 @@ def lstm_forward(
             scales = input.new_empty(*rows, 2, dtype=torch.float32)
     masks = (lengths, recurrent_mask, as_bytes(zoneout_h), as_bytes(zoneout_c))
     results = (output, h_n, c_n, states, gates, cells)
-    share = float(zoneout) if zoneout > 0.0 and zoneout_h is None else None
-    whole_rows = layer_norm or layer.projected != hidden
-    if whole_rows and not layer.fits_sequence_kernel():
+    share = _zoneout_share(zoneout, zoneout_h)
+    if _needs_whole_rows(layer) and not layer.fits_sequence_kernel():
         raise unsupported("lstm", _too_wide(layer))
-    if layer.fits_sequence_kernel() and (layer.steps > 1 or whole_rows):
+    if _takes_one_launch(layer):
         normed_ih = _lstm_sequence(
             layer, h0, c0, masks, results, (normed_hh, scales), options, share
         )
@@ -94,6 +96,39 @@ def lstm_forward(
     if save_for_backward and layer_norm:
         saved += [normed_ih, normed_hh, scales]
     return output, h_n, c_n, input.new_empty(0) if states is None else states, saved
+
+
+def _zoneout_share(zoneout: float, zoneout_h: Tensor | None) -> float | None:
+    """How much of the old state stays; None if nothing does, or if masks say where."""
+    return float(zoneout) if zoneout > 0.0 and zoneout_h is None else None
+
+
+def _needs_whole_rows(layer: Layer) -> bool:
+    """Whether a program must own all features of a sequence."""
+    return "norm_c" in layer.names or layer.projected != layer.hidden
+
+
+def _takes_one_launch(layer: Layer) -> bool:
+    """Whether all steps run in one launch; else each is a launch."""
+    return layer.fits_sequence_kernel() and (layer.steps > 1 or _needs_whole_rows(layer))
+
+
+def _step_constants(layer: Layer, options: LSTMOptions) -> dict[str, Any]:
+    return {
+        "HIDDEN": layer.hidden,
+        "ACTIVATION": options.activation,
+        "RECURRENT_ACTIVATION": options.recurrent_activation,
+        "PRECISION": layer.precision,
+    }
+
+
+def _sequence_constants(layer: Layer, options: LSTMOptions) -> dict[str, Any]:
+    return {
+        **_step_constants(layer, options),
+        "PROJECTED": layer.projected,
+        "BLOCK_H": layer.block_h,
+        "BLOCK_P": layer.block_p,
+    }
 
 
 def _too_wide(layer: Layer) -> str:
@@ -153,13 +188,7 @@ def _lstm_sequence(
         layer.batch,
         zoneout,
         float(options.norm_eps),
-        HIDDEN=layer.hidden,
-        PROJECTED=layer.projected,
-        ACTIVATION=options.activation,
-        RECURRENT_ACTIVATION=options.recurrent_activation,
-        BLOCK_H=layer.block_h,
-        BLOCK_P=layer.block_p,
-        PRECISION=layer.precision,
+        **_sequence_constants(layer, options),
     )
     return saved
 
@@ -222,10 +251,7 @@ def _lstm_steps(
             layer.batch,
             zoneout,
             FEATURES=layer.input.size(2),
-            HIDDEN=layer.hidden,
-            ACTIVATION=options.activation,
-            RECURRENT_ACTIVATION=options.recurrent_activation,
-            PRECISION=layer.precision,
+            **_step_constants(layer, options),
         )
         c = new_c
 
@@ -262,13 +288,9 @@ def lstm_backward(
     )
     layer = _lstm_layer(input, h0, c0, weights, options, batch_first)
     masks = (lengths, recurrent_mask, as_bytes(zoneout_h), as_bytes(zoneout_c))
-    share = float(zoneout) if zoneout > 0.0 and zoneout_h is None else None
+    share = _zoneout_share(zoneout, zoneout_h)
     incoming = (grad_output, grad_h_n, grad_c_n, grad_cells)
-    whole_rows = layer_norm or layer.projected != layer.hidden
-    if layer.fits_sequence_kernel() and (layer.steps > 1 or whole_rows):
-        run = _lstm_sequence_backward
-    else:
-        run = _lstm_steps_backward
+    run = _lstm_sequence_backward if _takes_one_launch(layer) else _lstm_steps_backward
     rows, dh0, dc0 = run(layer, incoming, c0, saved, masks, options, share, h0, need_hx)
     absent = input.new_empty
     dprojected = rows["gates"]
@@ -351,13 +373,7 @@ def _lstm_sequence_backward(
         layer.batch,
         zoneout,
         float(options.norm_eps),
-        HIDDEN=layer.hidden,
-        PROJECTED=layer.projected,
-        ACTIVATION=options.activation,
-        RECURRENT_ACTIVATION=options.recurrent_activation,
-        BLOCK_H=layer.block_h,
-        BLOCK_P=layer.block_p,
-        PRECISION=layer.precision,
+        **_sequence_constants(layer, options),
     )
     return rows, dh0, dc0
 
@@ -400,10 +416,7 @@ def _lstm_steps_backward(
             layer.steps,
             layer.batch,
             zoneout,
-            HIDDEN=layer.hidden,
-            ACTIVATION=options.activation,
-            RECURRENT_ACTIVATION=options.recurrent_activation,
-            PRECISION=layer.precision,
+            **_step_constants(layer, options),
         )
     if not need_hx:
         return {"gates": dgates}, None, None
@@ -424,7 +437,7 @@ def _lstm_weight_gradients(
     zoneout: float | None,
 ) -> list[Tensor]:
     lengths, recurrent_mask, _, zoneout_c = masks
-    active, gates = layer.active(lengths), rows["gates"]
+    active, gates = active_steps(layer.steps, lengths), rows["gates"]
     before_h = layer.states_before(layer.rows(output, layer.projected), h0, active)
     if recurrent_mask is not None:
         before_h = before_h * recurrent_mask.unsqueeze(1)

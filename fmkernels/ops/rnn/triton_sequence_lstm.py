@@ -35,6 +35,8 @@ from fmkernels.ops.rnn.triton_tiles import (
     load_lengths,
     load_peepholes,
     load_vector,
+    own_sequences,
+    own_states,
     place_sequences,
     rows_mask,
     saved_row_of,
@@ -130,20 +132,18 @@ def lstm_sequence_fwd_kernel(
 
     peepholes = load_peepholes(peephole_ptr, 0, HIDDEN, BLOCK_H)
 
-    # Row of this tile's first sequence in a (D, B, features) tensor.
-    row = tl.cast(direction, tl.int64) * batch + first
-    h_offsets = row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-    c_offsets = row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    h_offsets = own_states(direction, first, batch, PROJECTED, BLOCK_B, BLOCK_P)
+    c_offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     h = tl.load(h0_ptr + h_offsets, mask=lanes, other=0.0)
     c = tl.load(c0_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
     if mask_ptr is not None:
         factors = tl.load(mask_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+    pre_ptr, pre_offsets = own_sequences(
+        pre_ptr, pre_strides[0], pre_strides[2], direction, first, BLOCK_B, BLOCK_H
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * PROJECTED + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_P)
+    out_ptr, out_offsets = own_sequences(
+        out_ptr, PROJECTED, out_strides[1], direction, first, BLOCK_B, BLOCK_P
+    )
 
     for step in tl.range(0, steps):
         t = tl.cast(step_time(step, steps, direction), tl.int64)
@@ -195,9 +195,10 @@ def lstm_sequence_fwd_kernel(
         visible_c = tl.where(active, c, 0.0)
         tl.store(out_ptr + t * out_strides[0] + out_offsets, visible_h, mask=lanes)
         if states_ptr is not None:
-            states = states_ptr + t * states_strides[0] + direction * HIDDEN
-            states += tl.cast(first, tl.int64) * states_strides[1]
-            offsets = tile_offsets(states_strides[1], BLOCK_B, BLOCK_H)
+            states, offsets = own_sequences(
+                states_ptr, HIDDEN, states_strides[1], direction, first, BLOCK_B, BLOCK_H
+            )
+            states += t * states_strides[0]
             tl.store(states + offsets, visible_c.to(DTYPE), mask=units)
         if gates_ptr is not None:
             i = rounded_gate(tl.where(active, i, 0.0), RECURRENT_ACTIVATION, DTYPE)
@@ -278,16 +279,16 @@ def lstm_sequence_bwd_kernel(
 
     peepholes = load_peepholes(peephole_ptr, 0, HIDDEN, BLOCK_H)
 
-    row = tl.cast(direction, tl.int64) * batch + first
-    h_offsets = row * PROJECTED + tile_offsets(PROJECTED, BLOCK_B, BLOCK_P)
-    c_offsets = row * HIDDEN + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    h_offsets = own_states(direction, first, batch, PROJECTED, BLOCK_B, BLOCK_P)
+    c_offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     dh = tl.load(dh_n_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
     dc = tl.load(dc_n_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
     c0 = tl.load(c0_ptr + c_offsets, mask=units, other=0.0).to(tl.float32)
     if mask_ptr is not None:
         factors = tl.load(mask_ptr + h_offsets, mask=lanes, other=0.0).to(tl.float32)
-    dout_ptr += direction * PROJECTED + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_P)
+    dout_ptr, dout_offsets = own_sequences(
+        dout_ptr, PROJECTED, dout_strides[1], direction, first, BLOCK_B, BLOCK_P
+    )
 
     for reversed_step in tl.range(0, steps):
         step = steps - 1 - reversed_step
@@ -318,9 +319,10 @@ def lstm_sequence_bwd_kernel(
         total_h = dh + dout.to(tl.float32)
         total_c = dc
         if dstates_ptr is not None:
-            dstates = dstates_ptr + t * dstates_strides[0] + direction * HIDDEN
-            dstates += tl.cast(first, tl.int64) * dstates_strides[1]
-            offsets = tile_offsets(dstates_strides[1], BLOCK_B, BLOCK_H)
+            dstates, offsets = own_sequences(
+                dstates_ptr, HIDDEN, dstates_strides[1], direction, first, BLOCK_B, BLOCK_H
+            )
+            dstates += t * dstates_strides[0]
             total_c = dc + tl.load(dstates + offsets, mask=units, other=0.0).to(tl.float32)
         dgated = new_part(keep_h, total_h)
         if w_hr_ptr is not None:

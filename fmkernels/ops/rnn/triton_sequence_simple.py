@@ -16,6 +16,8 @@ from fmkernels.ops.rnn.triton_tiles import (
     load_four,
     load_gate_weight,
     load_lengths,
+    own_sequences,
+    own_states,
     place_sequences,
     rows_mask,
     saved_row_of,
@@ -61,15 +63,14 @@ def gru_sequence_fwd_kernel(
     b_z = load_bias(bias_ih_ptr, bias_hh_ptr, 1, 0, HIDDEN, BLOCK_H)
     b_in = load_bias(bias_ih_ptr, None, 2, 0, HIDDEN, BLOCK_H)
     b_hn = load_bias(bias_hh_ptr, None, 2, 0, HIDDEN, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     h = tl.load(h0_ptr + offsets, mask=units, other=0.0)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+    pre_ptr, pre_offsets = own_sequences(
+        pre_ptr, pre_strides[0], pre_strides[2], direction, first, BLOCK_B, BLOCK_H
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
+    out_ptr, out_offsets = own_sequences(
+        out_ptr, HIDDEN, out_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
     for step in tl.range(0, steps):
         t = tl.cast(step_time(step, steps, direction), tl.int64)
         active = t < lengths
@@ -126,14 +127,15 @@ def gru_sequence_bwd_kernel(
     w_r = load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
     w_z = load_gate_weight(w_hh_ptr, 1, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
     w_n = load_gate_weight(w_hh_ptr, 2, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     dh = tl.load(dh_n_ptr + offsets, mask=units, other=0.0).to(tl.float32)
     h0 = tl.load(h0_ptr + offsets, mask=units, other=0.0).to(tl.float32)
-    dout_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
+    dout_ptr, dout_offsets = own_sequences(
+        dout_ptr, HIDDEN, dout_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
+    out_ptr, out_offsets = own_sequences(
+        out_ptr, HIDDEN, out_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
     back = tl.where(direction == 0, -1, 1)
     for reversed_step in tl.range(0, steps):
         step = steps - 1 - reversed_step
@@ -203,15 +205,14 @@ def rnn_sequence_fwd_kernel(
     bias_hh_ptr = direction_of(bias_hh_ptr, direction, HIDDEN)
     w = tl.trans(load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H))
     bias = load_bias(bias_ih_ptr, bias_hh_ptr, 0, 0, HIDDEN, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     h = tl.load(h0_ptr + offsets, mask=units, other=0.0)
-    pre_ptr += (
-        tl.cast(direction, tl.int64) * pre_strides[0] + tl.cast(first, tl.int64) * pre_strides[2]
+    pre_ptr, pre_offsets = own_sequences(
+        pre_ptr, pre_strides[0], pre_strides[2], direction, first, BLOCK_B, BLOCK_H
     )
-    pre_offsets = tile_offsets(pre_strides[2], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
+    out_ptr, out_offsets = own_sequences(
+        out_ptr, HIDDEN, out_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
     for step in tl.range(0, steps):
         t = tl.cast(step_time(step, steps, direction), tl.int64)
         active = t < lengths
@@ -250,13 +251,14 @@ def rnn_sequence_bwd_kernel(
     lengths = load_lengths(lengths_ptr, first, batch, steps, BLOCK_B)
     w_hh_ptr = direction_of(w_hh_ptr, direction, HIDDEN * HIDDEN)
     w = load_gate_weight(w_hh_ptr, 0, HIDDEN, HIDDEN, BLOCK_H, BLOCK_H)
-    offsets = (tl.cast(direction, tl.int64) * batch + first) * HIDDEN
-    offsets = offsets + tile_offsets(HIDDEN, BLOCK_B, BLOCK_H)
+    offsets = own_states(direction, first, batch, HIDDEN, BLOCK_B, BLOCK_H)
     dh = tl.load(dh_n_ptr + offsets, mask=units, other=0.0).to(tl.float32)
-    dout_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * dout_strides[1]
-    dout_offsets = tile_offsets(dout_strides[1], BLOCK_B, BLOCK_H)
-    out_ptr += direction * HIDDEN + tl.cast(first, tl.int64) * out_strides[1]
-    out_offsets = tile_offsets(out_strides[1], BLOCK_B, BLOCK_H)
+    dout_ptr, dout_offsets = own_sequences(
+        dout_ptr, HIDDEN, dout_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
+    out_ptr, out_offsets = own_sequences(
+        out_ptr, HIDDEN, out_strides[1], direction, first, BLOCK_B, BLOCK_H
+    )
     for reversed_step in tl.range(0, steps):
         t = tl.cast(step_time(steps - 1 - reversed_step, steps, direction), tl.int64)
         active = t < lengths

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmkernels.ops._triton.launch import launch
 from fmkernels.ops.rnn import triton_configs as configs
+from fmkernels.ops.rnn.sequences import active_steps
 from fmkernels.ops.rnn.triton_layer import (
     Alternating,
     Layer,
@@ -273,7 +274,7 @@ def _simple_gradients(
     absent = layer.input.new_empty
     gradients = [absent(0) for _ in layer.weights]
     if need_weights:
-        active = layer.active(lengths)
+        active = active_steps(layer.steps, lengths)
         before = layer.states_before(layer.rows(output, layer.hidden), h0, active)
         named = {
             "w_ih": layer.weight_gradient(dprojected, layer.input_rows(active)),

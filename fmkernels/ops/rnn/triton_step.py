@@ -40,6 +40,13 @@ def tile_at(
 
 
 @triton.jit
+def tile_of_step(base_ptr, strides, t, direction, rows, units, WIDTH):
+    """Pointers into a tensor in the input's layout, WIDTH features per direction; strides are
+    those of step and sequence."""
+    return base_ptr + t * strides[0] + direction * WIDTH + rows * strides[1] + units
+
+
+@triton.jit
 def add_product(
     acc,
     x_ptr,  # first row of the tile

@@ -21,6 +21,7 @@ from fmkernels.ops.rnn.triton_step import (
     place,
     split_slots,
     tile_at,
+    tile_of_step,
 )
 from fmkernels.ops.rnn.triton_tiles import (
     direction_of,
@@ -124,12 +125,12 @@ def lstm_step_fwd_kernel(
     new_c = tl.where(active, new_c, c)
     tl.store(new_h_ptr + offsets, new_h, mask=inside)
     tl.store(new_c_ptr + offsets, new_c.to(new_c_ptr.dtype.element_ty), mask=inside)
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    out = tile_of_step(out_ptr, out_strides, t, direction, rows, units, HIDDEN)
     tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
     visible_c = tl.where(active, new_c, 0.0)
     if states_ptr is not None:
-        states = states_ptr + t * states_strides[0] + direction * HIDDEN
-        tl.store(states + rows * states_strides[1] + units, visible_c.to(DTYPE), mask=inside)
+        states = tile_of_step(states_ptr, states_strides, t, direction, rows, units, HIDDEN)
+        tl.store(states, visible_c.to(DTYPE), mask=inside)
     if gates_ptr is not None:
         gates = gates_ptr + saved_row * (4 * HIDDEN) + units
         i = rounded_gate(tl.where(active, i, 0.0), RECURRENT_ACTIVATION, DTYPE)
@@ -207,12 +208,11 @@ def lstm_step_bwd_kernel(
     peepholes = load_peepholes(
         direction_of(peephole_ptr, direction, 3 * HIDDEN), first_unit, HIDDEN, BLOCK_U
     )
-    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    dout = tile_of_step(dout_ptr, dout_strides, t, direction, rows, units, HIDDEN)
     total_h = dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)
     total_c = dc
     if dstates_ptr is not None:
-        dstates = dstates_ptr + t * dstates_strides[0] + direction * HIDDEN
-        dstates = dstates + rows * dstates_strides[1] + units
+        dstates = tile_of_step(dstates_ptr, dstates_strides, t, direction, rows, units, HIDDEN)
         total_c = dc + tl.load(dstates, mask=inside, other=0.0).to(tl.float32)
     dgated = new_part(keep_h, total_h)
     squashed = activate(cell, ACTIVATION)

@@ -13,6 +13,7 @@ from fmkernels.ops.rnn.triton_step import (
     place,
     split_slots,
     tile_at,
+    tile_of_step,
 )
 from fmkernels.ops.rnn.triton_tiles import (
     direction_of,
@@ -92,7 +93,7 @@ def gru_step_fwd_kernel(
     new_h = n + z * (h.to(tl.float32) - n)
     new_h = tl.where(active, new_h.to(DTYPE), h)
     tl.store(new_h_ptr + offsets, new_h, mask=inside)
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    out = tile_of_step(out_ptr, out_strides, t, direction, rows, units, HIDDEN)
     tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
     if gates_ptr is not None:
         saved_row = saved_row_of(direction, t, steps, batch, rows)
@@ -145,12 +146,10 @@ def gru_step_bwd_kernel(
     r, z, n, h_n = load_four(gates, HIDDEN, inside)
     starts = starts_here(step, t, direction, lengths_ptr, lengths)
     h0 = tl.load(h0_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    out = out_ptr + (t - forward) * out_strides[0] + direction * HIDDEN
-    before = tl.load(out + rows * out_strides[1] + units, mask=inside & (step > 0), other=0.0).to(
-        tl.float32
-    )
+    before = tile_of_step(out_ptr, out_strides, t - forward, direction, rows, units, HIDDEN)
+    before = tl.load(before, mask=inside & (step > 0), other=0.0).to(tl.float32)
     before = tl.where(starts, h0, before)
-    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    dout = tile_of_step(dout_ptr, dout_strides, t, direction, rows, units, HIDDEN)
     total = dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)
     dn = tl.where(active, total * (1.0 - z) * (1.0 - n * n), 0.0)
     dz = tl.where(active, total * (before - n) * z * (1.0 - z), 0.0)
@@ -221,7 +220,7 @@ def rnn_step_fwd_kernel(
     h = tl.load(h_ptr + offsets, mask=inside, other=0.0)
     new_h = tl.where(active, activate(acc, ACTIVATION).to(DTYPE), h)
     tl.store(new_h_ptr + offsets, new_h, mask=inside)
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    out = tile_of_step(out_ptr, out_strides, t, direction, rows, units, HIDDEN)
     tl.store(out, tl.where(active, new_h, 0.0).to(DTYPE), mask=inside)
 
 
@@ -261,9 +260,9 @@ def rnn_step_bwd_kernel(
         dsums_ptr + (first_row + forward * batch) * HIDDEN, w_hh_ptr, rows, row_mask, units,
         step == steps - 1, HIDDEN, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, PRECISION,
     )  # fmt: skip
-    out = out_ptr + t * out_strides[0] + direction * HIDDEN + rows * out_strides[1] + units
+    out = tile_of_step(out_ptr, out_strides, t, direction, rows, units, HIDDEN)
     y = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-    dout = dout_ptr + t * dout_strides[0] + direction * HIDDEN + rows * dout_strides[1] + units
+    dout = tile_of_step(dout_ptr, dout_strides, t, direction, rows, units, HIDDEN)
     dsums = (dh + tl.load(dout, mask=inside, other=0.0).to(tl.float32)) * slope(y, ACTIVATION)
     dsums = tl.where(active, dsums, 0.0).to(DTYPE)
     tl.store(dsums_ptr + (first_row + rows) * HIDDEN + units, dsums, mask=inside)

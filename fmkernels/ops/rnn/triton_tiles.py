@@ -30,6 +30,29 @@ def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def own_states(direction, first, batch, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a program's tile in a (D, B, WIDTH) tensor."""
+    row = tl.cast(direction, tl.int64) * batch + first
+    return row * WIDTH + tile_offsets(WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def own_sequences(
+    base_ptr,
+    direction_stride,
+    sequence_stride,
+    direction,
+    first,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Pointer to a program's first sequence at step 0, and its tile's offsets from there."""
+    start = tl.cast(direction, tl.int64) * direction_stride
+    start += tl.cast(first, tl.int64) * sequence_stride
+    return base_ptr + start, tile_offsets(sequence_stride, ROWS, COLUMNS)
+
+
+@triton.jit
 def saved_row_of(direction, t, steps, batch, first):
     """The row of a tile's first sequence in a (D, T, B, features) tensor."""
     return (tl.cast(direction, tl.int64) * steps + t) * batch + first
