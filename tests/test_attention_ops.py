@@ -155,8 +155,8 @@ def test_compiled_function_matches(backend, kind):
 @backends
 def test_compiled_dropout_drops_the_same_weights_in_the_backward(backend):
     """The values' gradient tells the weights that the output used."""
-    query = testing.normal(1, 1, 6, 8, dtype=torch.float64)
-    values = torch.eye(6, dtype=torch.float64)[None, None].requires_grad_()
+    query = testing.normal(1, 1, 6, 8)
+    values = torch.eye(6)[None, None].requires_grad_()
 
     def attention(values):
         return FF.scaled_dot_product_attention(
