@@ -281,8 +281,8 @@ def _row_statistics(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
 # --- the cache ---
 
 
-def _check_lengths(seqlens: Tensor, capacity: int, appended: int) -> None:
-    """A length past the cache must raise, not write elsewhere; other devices' kernels clamp."""
+def check_lengths(seqlens: Tensor, capacity: int, appended: int) -> None:
+    """On the CPU a length past the cache must raise; kernels of other devices clamp it."""
     if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or seqlens.numel() == 0:
         return
     least, most = seqlens.min().item(), seqlens.max().item() + appended
@@ -324,7 +324,7 @@ def sdpa_cached(
         softcap=softcap,
     )
     keys, values = _gathered(key_cache, page_table), _gathered(value_cache, page_table)
-    _check_lengths(seqlens, keys.size(2), 0)
+    check_lengths(seqlens, keys.size(2), 0)
     lengths = seqlens.long()[:, None, None, None]
     key_position = torch.arange(keys.size(2), device=query.device)
     query_position = lengths - queries + torch.arange(queries, device=query.device)[:, None]
@@ -350,7 +350,7 @@ def kv_cache_append(
 ) -> None:
     batch, _, count, _ = key.shape
     size = key_cache.size(2)
-    _check_lengths(seqlens, size * (1 if page_table is None else page_table.size(1)), count)
+    check_lengths(seqlens, size * (1 if page_table is None else page_table.size(1)), count)
     position = seqlens.long()[:, None] + torch.arange(count, device=key.device)
     if page_table is None:
         entry = torch.arange(batch, device=key.device)[:, None].expand_as(position)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmkernels.ops._triton.launch import architecture, dot_precision, launch
 from fmkernels.ops.attention import triton_configs as configs
+from fmkernels.ops.attention.reference import check_lengths
 from fmkernels.ops.attention.schema import empty_output
 from fmkernels.ops.attention.triton import padded_width
 from fmkernels.ops.attention.triton_decode import (
@@ -73,6 +74,7 @@ def sdpa_cached(
     key_cache, value_cache = _with_unit_stride(key_cache), _with_unit_stride(value_cache)
     block_d, block_e = padded_width(width), padded_width(value_width)
     capacity, page_size, pages = _geometry(key_cache, page_table)
+    check_lengths(seqlens, capacity, 0)
     config = configs.DECODE[architecture()][
         configs.case(query.element_size(), max(block_d, block_e))
     ]
@@ -156,6 +158,7 @@ def kv_cache_append(
     for cache, new in ((key_cache, key), (value_cache, value)):
         batch, heads, rows, width = new.shape
         capacity, page_size, pages = _geometry(cache, page_table)
+        check_lengths(seqlens, capacity, rows)
         launch(
             attention_append_kernel,
             (batch * heads * triton.cdiv(rows, config["BLOCK_M"]),),
