@@ -31,7 +31,9 @@ FMK_NOINLINE void pack_tiles(const GemmProblem<T>& p, int64_t k0, int64_t k, int
                              const RowTiles& tiles, int64_t stride, Word<T>* to) {
   // A few rows and tiles at a time go through L1: rows a power of two apart share its sets, and a
   // tile is written in runs of whole lines.
-  constexpr int64_t kStrip = 16, kTilesAtOnce = 16;
+  constexpr int64_t kStrip = 16, kTilesAtOnce = 16, kLine = 64 / sizeof(T);
+  // Too short a piece of each row for a prefetcher to follow.
+  const bool far = p.k * p.lda * static_cast<int64_t>(sizeof(T)) > kSmallOperandBytes;
   alignas(64) T stage[kStrip * kTilesAtOnce * kMaxTileRows];
   for (int64_t strip = 0; strip < k; strip += kStrip) {
     const int64_t rows = min_of(kStrip, k - strip);
@@ -39,8 +41,13 @@ FMK_NOINLINE void pack_tiles(const GemmProblem<T>& p, int64_t k0, int64_t k, int
       const int64_t t1 = min_of(tiles.tiles, t0 + kTilesAtOnce);
       const int64_t first = tiles.begin(t0), columns = tiles.begin(t1) - first;
       const T* from = p.a + (k0 + strip) * p.lda + row0 + first;
-      for (int64_t row = 0; row < rows; ++row)
+      const int64_t next_rows = far ? min_of(kStrip, k - strip - kStrip) : 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        if (row < next_rows)
+          for (int64_t column = 0; column < columns; column += kLine)
+            __builtin_prefetch(from + (kStrip + row) * p.lda + column, 0, 2);
         convert(from + row * p.lda, stage + row * columns, columns);
+      }
       const T* staged = stage;
       for (int64_t t = t0; t < t1; ++t) {
         const int width = tiles.rows(t);
