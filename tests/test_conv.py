@@ -190,6 +190,28 @@ def test_epilogue(pool, activation, extras, layout, backend):
     check(arguments, problem[3:], backend, activation=activation, pool=pool)
 
 
+@pytest.mark.parametrize("padding", [1, 0])
+@pytest.mark.parametrize("window", [(2, 2, 2, 2, 0, 0), (1, 1, 3, 3, 0, 0)], ids=["last", "gaps"])
+@pytest.mark.parametrize("kernel", [3, 2])
+@layouts
+def test_mask_of_an_average_pool(padding, window, kernel, layout, backend):
+    """It holds whether relu let a value through, also where no window covers the value, or 0."""
+    if backend != "cpu":
+        pytest.skip("the reference keeps no mask")
+    input = testing.integers(2, 4, 9, 10, layout=layout)
+    weight = testing.integers(5, 4, kernel, kernel)
+    options = ((1, 1), (padding,) * 4, (1, 1), 1, False, "zeros", "relu", "avg", window)
+    forward = torch.ops.fmkernels.conv_forward
+    *_, mask = forward(input, weight, *(None,) * 5, *options, True)
+    expected = F.conv2d(input, weight, padding=padding) > 0
+    under = torch.zeros(expected.shape[2], dtype=torch.bool)
+    for first in range(0, len(under) - window[0] + 1, window[2]):
+        under[first : first + window[0]] = True
+    assert torch.equal(mask[:, :, under], expected[:, :, under].byte())
+    left_out = mask[:, :, ~under]
+    assert ((left_out == 0) | (left_out == expected[:, :, ~under])).all()
+
+
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 @pytest.mark.parametrize("pool", [POOLS["max2"], POOLS["max3"]], ids=["max2", "max3"])
 @layouts

@@ -164,17 +164,16 @@ class TestWithoutNative:
 
 @needs_native
 def test_what_a_kernel_leaves_out_is_poisoned():
-    """The suite rests on it: an average pool of 2x2 does not cover the fifth row of its input, and
-    nothing is ever read there."""
+    """The suite rests on it: of a sequence of one step, gates are saved for no other step."""
     code = (
         "import torch, fmkernels\n"
-        "x, w = torch.randn(1, 4, 5, 6), torch.randn(4, 4, 3, 3)\n"
-        "options = ((1, 1), (1, 1, 1, 1), (1, 1), 1, False, 'zeros', 'relu', 'avg')\n"
-        "window = (2, 2, 2, 2, 0, 0)\n"
-        "forward = torch.ops.fmkernels.conv_forward\n"
-        "*_, mask = forward(x, w, None, None, None, None, None, *options, window, True)\n"
-        "assert mask[:, :, :4].max() == 1\n"
-        "assert (mask[:, :, 4] == 255).all()\n"
+        "x, h = torch.randn(3, 2, 5), torch.randn(1, 2, 6)\n"
+        "weights = [torch.randn(18, 5), torch.randn(18, 6), torch.randn(18), torch.randn(18)]\n"
+        "options = (torch.tensor([3, 1]), True, False)\n"
+        "forward = torch.ops.fmkernels.gru_forward\n"
+        "*_, gates = forward(x, h, weights, None, *options, True)\n"
+        "left_out = gates.reshape(3, 2, 24).isnan()\n"
+        "assert left_out[1:, 1].all() and left_out.sum() == 2 * 24\n"
         "print('poisoned')"
     )
     result = run_python(code, FMKERNELS_POISON="1")

@@ -93,7 +93,7 @@ struct ConvForward {
                         // i * kernel_w + j in its window of the first maximum; NaN counts as
                         // larger. kReluZero where that maximum is a zero of relu. Of an average
                         // after relu, shaped like the convolution's output: 1 where relu let the
-                        // value through, else 0
+                        // value through, else 0; rows under no window hold that or 0
 };
 
 struct ConvBackward {

@@ -1,5 +1,6 @@
 // The forward pass: which algorithm, and what it is given.
 
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/conv_pointwise.h"
@@ -13,6 +14,12 @@ ConvAlgorithm choose_algorithm(const ConvShape& s, bool exact) {
   const bool planar = s.axes == 2 && s.padding_mode == PaddingMode::kZeros;
   return !exact && planar && winograd_pays(s.transposed ? turned(s) : s) ? ConvAlgorithm::kWinograd4
                                                                          : ConvAlgorithm::kDirect;
+}
+
+// Whether there may be rows of the convolution that no window covers: they are not computed.
+bool leaves_rows(const PoolShape& pool, int64_t rows) {
+  return pool.stride_h > pool.kernel_h ||
+         (pool.out_height - 1) * pool.stride_h - pool.padding_h + pool.kernel_h < rows;
 }
 
 // Calls body with a null pointer of a type that Winograd is compiled for: all but double.
@@ -164,6 +171,8 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
   c.preactivation = static_cast<T*>(p.preactivation);
   c.pool = p.pool;
   c.argmax = p.argmax;
+  if (p.argmax && p.pool.kind == PoolKind::kAverage && leaves_rows(p.pool, s.out_height))
+    std::memset(p.argmax, 0, s.batch * s.out_channels * s.out_depth * s.out_height * s.out_width);
   if constexpr (sizeof(T) <= 4) {
     if (algorithm == ConvAlgorithm::kWinograd4) {
       if (s.transposed) turn(s, &c);
