@@ -7,7 +7,7 @@
 
 namespace fmk::FMK_ISA {
 
-// Whether this is a step that rnn_cell.cpp knows, and so has done.
+// Whether this is a step that rnn_cell.cpp or rnn_step_backward.cpp knows, and so has done.
 bool rnn_cell_forward(const RnnForward&, const Parallel&);
 bool rnn_step_backward(const RnnBackward&, const Parallel&);
 void rnn_backward(const RnnBackward&, const Parallel&);
