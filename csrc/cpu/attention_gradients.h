@@ -160,7 +160,7 @@ FMK_INLINE void keys_from_queries(const O* a, int64_t key0, int64_t count, const
     add_keys_from_queries<O, Prefetch::kPanel>(a, key0, count, block, panel, width, out);
 }
 
-// Sums that queries of several heads share, in the compute type; null where not wanted.
+// Sums that queries of several heads share; null where not wanted.
 template <class E>
 struct OptionGradients {
   E* mask;

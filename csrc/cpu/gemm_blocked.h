@@ -20,7 +20,7 @@ constexpr int64_t kMostPanels = 16, kMostRows = 1024;
 template <class T>
 FMK_INLINE bool suits_blocks(const GemmProblem<T>& p) {
   constexpr int64_t kMinRowBytes = 1024, kMinDepth = 32;
-  return p.a_reduction_major && !p.paired && !p.packed_b && p.k >= kMinDepth &&
+  return p.m > 0 && p.a_reduction_major && !p.paired && !p.packed_b && p.k >= kMinDepth &&
          p.lda * static_cast<int64_t>(sizeof(T)) >= kMinRowBytes && p.split().count > 1;
 }
 

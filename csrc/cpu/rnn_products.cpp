@@ -154,13 +154,7 @@ class WeightGradientRun {
         in.lda = ld();
         in.words = words;
         in.b = part.panels + column * words;
-        if (!start) {
-          in.init = sums;
-          in.ld_init = width;
-          // Wanted at the end of the tile, from beyond L2.
-          for (int64_t i = 0; i < tiles.rows(tile) * vecs; ++i)
-            __builtin_prefetch(sums + i * V::W, 1);
-        }
+        if (!start) in.init = sums, in.ld_init = width;
         run_tile<M, true>(tiles.rows(tile), vecs, in, StoreAccumulators<V>{sums, width});
       }
     }

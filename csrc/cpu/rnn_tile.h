@@ -82,8 +82,8 @@ FMK_INLINE void accumulate_even_rows(typename M::V (&acc)[kSums][MR][NV],
   };
   const auto advance = [&](int64_t steps) FMK_LAMBDA {
     FMK_FOR (g, kGroups) {
-      group[g] += steps * static_cast<int64_t>(sizeof(Word));
-      asm("" : "+r"(group[g]));  // or the compiler makes a pointer of every row again
+      // opaque, or the compiler makes a pointer of every row again
+      group[g] = opaque(group[g] + steps * static_cast<int64_t>(sizeof(Word)));
     }
     b += steps * kWidth;
   };
