@@ -33,6 +33,8 @@ def test_large_outputs(problem, epilogue):
     """Every number is written: whole numbers have exact sums, Winograd's bound is 1e-5 of the
     largest value, before a clamp."""
     shape, out_channels, kernel, groups = problem
+    if epilogue == "pool" and groups == 1:
+        out_channels *= 4  # a quarter of the pixels is left
     input = testing.integers(*shape, layout="channels_last")
     weight = testing.integers(out_channels, shape[1] // groups, kernel, kernel)
     scale, shift = testing.integers(2, out_channels)

@@ -128,16 +128,18 @@ def test_transposed_weight(rows, columns, dtype, backend):
 @pytest.mark.parametrize("residual", [False, True])
 @dtypes
 def test_few_rows(rows, residual, dtype, backend):
-    """Products of a few rows read the weight where it lies."""
-    arguments = make_arguments(((rows,), 131, 203), dtype, residual=residual)
+    """Products of a few rows read the weight where it lies; the input's gradient in more than one
+    run of the reduction and more columns than a thread takes at a time."""
+    arguments = make_arguments(((rows,), 531, 303), dtype, residual=residual)
     check(arguments, backend, "silu" if dtype.itemsize > 2 else None)
 
 
-@pytest.mark.parametrize("rows", [40, 700, 1400])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 517), (700, 517), (1400, 517), (40, 1100)])
 @dtypes
-def test_weight_gradient_over_many_wide_rows(rows, dtype, backend):
-    """A is copied tile by tile, in strips of 32 rows and chunks of the reduction."""
-    arguments = make_arguments(((rows,), 130, 517), dtype, residual=False)
+def test_weight_gradient_over_many_wide_rows(rows, columns, dtype, backend):
+    """A is copied tile by tile, in strips of rows and chunks of the reduction; the gradient's rows
+    are more than one block."""
+    arguments = make_arguments(((rows,), 130, columns), dtype, residual=False)
     check(arguments, backend)
 
 

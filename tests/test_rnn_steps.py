@@ -96,9 +96,10 @@ def test_one_step_of_a_layer(kind):
 @pytest.mark.parametrize("batch", [1, 3, 12])
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_threads_that_share_units_agree_with_one(kind, batch, with_lengths, use_threads):
-    layer = getattr(fnn, type(LAYERS[kind](1, 1)).__name__)(50, 200, backend="cpu")
-    lengths = torch.arange(batch) % 9 + 1 if with_lengths else None
-    input = testing.normal(9, batch, 50)
+    # So many steps and units that even one sequence of a plain RNN is worth sharing.
+    layer = getattr(fnn, type(LAYERS[kind](1, 1)).__name__)(50, 264, backend="cpu")
+    lengths = (29 + 7 * torch.arange(batch)) % 30 + 1 if with_lengths else None
+    input = testing.normal(30, batch, 50)
 
     def gradients(count):
         use_threads(count)
