@@ -54,6 +54,8 @@ class Backend:
         backward: same signature as the op's ``*_backward`` schema.
         pack: same signature as the op's ``*_pack_weight`` schema; None if there is nothing to
             pack.
+        statistics: of a convolution, same signature as ``conv_statistics``; None if there is no
+            such kernel.
         yields_to: called with the same problem under ``"auto"`` only; returns ``(name, reason)``
             of a backend that is faster for it although it stands later in the list, or None. If
             that one cannot serve the call, this one does.
@@ -63,6 +65,7 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     pack: Callable[..., Any] | None = None
+    statistics: Callable[..., Any] | None = None
     yields_to: Callable[..., tuple[str, str] | None] | None = None
 
 

@@ -90,6 +90,19 @@ def test_channel_norm(dtype, layout, groups, pool):
 
 
 @dtypes
+@layouts
+def test_conv_statistics(dtype, layout):
+    input = testing.normal(2, 4, 8, 7, dtype=dtype, layout=layout)
+    weight = testing.normal(6, 2, 3, 3, dtype=dtype)
+    bias = testing.normal(6, 1, dtype=dtype).flatten()
+    options = ((1, 1), (1, 1, 1, 1), (1, 1), 2, "zeros")
+    torch.library.opcheck(ops.conv_statistics.default, (input, weight, bias, None, *options))
+    output, mean, variance = ops.conv_statistics(input, weight, None, None, *options)
+    norm = (output, None, None, None, 0, 1e-5, "relu", None, (), True, mean, variance)
+    torch.library.opcheck(ops.channel_norm_forward.default, norm)
+
+
+@dtypes
 def test_conv_pack_weight(dtype):
     weight = testing.normal(6, 2, 3, 3, dtype=dtype)
     arguments = (weight, (1, 1), (1, 1, 1, 1), (1, 1), 2, False, "zeros")

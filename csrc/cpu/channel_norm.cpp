@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/channel_moments.h"
 #include "cpu/conv_internal.h"
 #include "cpu/reduce.h"
 
@@ -74,89 +75,36 @@ struct Worker {
   }
 };
 
-// Counts, means and summed squares of deviations of two sets make those of their union (Chan, Golub
-// and LeVeque 1979).
-template <class A>
-struct Moments {
-  double count = 0, mean = 0, squares = 0;
-  void add(double n, double m, double s) {
-    if (n == 0) return;
-    const double total = count + n, delta = m - mean;
-    mean += delta * (n / total);
-    squares += s + delta * delta * (count * n / total);
-    count = total;
-  }
-};
-
-// moments[image][2][channels]: mean and summed squares of deviations of each image's channels.
+// One shard per image.
 template <class T>
-void image_moments(const Worker<T>& w, const T* input, Acc<T>* moments, const Parallel& pool) {
-  using V = Vec<T>;
-  using A = Acc<T>;
-  const int64_t channels = w.p.channels, padded = Worker<T>::padded(channels);
+ChannelMoments<T> image_moments(const Worker<T>& w, const T* input, const Parallel& pool) {
+  const ChannelNorm& p = w.p;
+  ChannelMoments<T> moments{p.channels_last, p.channels, w.pixels, input, nullptr};
+  moments.shards = static_cast<double*>(scratch_bytes(
+      Scratch::kCall, static_cast<size_t>(p.batch * moments.shard_size()) * sizeof(double)));
+  moments.clear(p.batch);
   w.for_units(pool, [&](int64_t image, int64_t unit) {
-    const T* from = input + image * w.image_size();
-    A* means = moments + image * 2 * padded;
-    V mean = zero<V>(), squares = zero<V>();
-    Moments<A> whole;
-    const int64_t run = w.p.channels_last ? kRun : kRun * V::W;
-    for (int64_t begin = 0; begin < w.pixels; begin += run) {
-      const int64_t end = min_of(w.pixels, begin + run), n = end - begin;
-      V sum = zero<V>();
-      w.visit(unit, begin, end,
-              [&](int64_t at, int lanes) { sum = sum + w.read(from + at, lanes); });
-      V centre = sum / splat_as<V>(static_cast<A>(n));
-      if (!w.p.channels_last) centre = splat(reduce_add(sum) / static_cast<A>(n));
-      V deviation = zero<V>();
-      w.visit(unit, begin, end, [&](int64_t at, int lanes) {
-        V d = w.read(from + at, lanes) - centre;
-        if (lanes < V::W) {  // nothing from the lanes that are not there
-          alignas(64) A values[V::W];
-          store(values, d);
-          d = load(values, lanes);
-        }
-        deviation = fma(d, d, deviation);
-      });
-      if (w.p.channels_last) {
-        const A share = static_cast<A>(n) / static_cast<A>(end);
-        const V delta = centre - mean;
-        mean = fma(delta, splat(share), mean);
-        squares = squares + fma(delta * delta, splat(share * static_cast<A>(begin)), deviation);
-      } else {
-        alignas(64) A first[V::W];
-        store(first, centre);
-        whole.add(static_cast<double>(n), first[0], reduce_add(deviation));
-      }
-    }
-    if (w.p.channels_last) {
-      w.store_sums(mean, unit, means);
-      w.store_sums(squares, unit, means + padded);
-    } else {
-      means[unit] = static_cast<A>(whole.mean);
-      means[padded + unit] = static_cast<A>(whole.squares);
-    }
+    const int64_t first = w.first_channel(unit);
+    const int64_t last = p.channels_last ? min_of(p.channels, first + Vec<T>::W) : first + 1;
+    moments.add(image, image, 0, w.pixels, first, last);
   });
+  return moments;
 }
 
 // From each image's channels to the statistics that are asked for.
-template <class A>
-void combine_moments(const ChannelNorm& p, const A* moments, int64_t padded, A* mean, A* variance) {
-  const auto pixels = static_cast<double>(p.height * p.width);
+template <class T>
+void combine_moments(const ChannelNorm& p, const ChannelMoments<T>& moments, Acc<T>* mean,
+                     Acc<T>* variance) {
   for (int64_t i = 0; i < p.statistics(); ++i) {
-    Moments<A> total;
+    Moments total;
     if (p.groups == 0) {
-      for (int64_t n = 0; n < p.batch; ++n) {
-        const A* of = moments + n * 2 * padded;
-        total.add(pixels, of[i], of[padded + i]);
-      }
+      total = moments.total(p.batch, i);
     } else {
       const int64_t size = p.channels / p.groups, n = i / p.groups, group = i % p.groups;
-      const A* of = moments + n * 2 * padded;
-      for (int64_t c = group * size; c < (group + 1) * size; ++c)
-        total.add(pixels, of[c], of[padded + c]);
+      for (int64_t c = group * size; c < (group + 1) * size; ++c) moments.add_to(&total, n, c);
     }
-    mean[i] = static_cast<A>(total.mean);
-    variance[i] = static_cast<A>(total.squares / total.count);
+    mean[i] = static_cast<Acc<T>>(total.mean);
+    variance[i] = static_cast<Acc<T>>(total.squares / total.count);
   }
 }
 
@@ -199,24 +147,43 @@ size_t affine_bytes(const ChannelNorm& p) {
          sizeof(Acc<T>);
 }
 
-// Normalised, added and activated: pixels [begin, end) of a unit, to `out`, where pixel `begin`
-// lies where the image's first pixel would.
+// Normalised, added and activated: pixels [begin, end) of an NCHW unit, to `out`, where pixel
+// `begin` lies where the image's first pixel would.
 template <class T>
 void apply(const Worker<T>& w, const AffineRows<Acc<T>>& affine, const T* input, const T* residual,
            int64_t image, int64_t unit, int64_t begin, int64_t end, T* out, int64_t out_pixels) {
   using V = Vec<T>;
   const ChannelNorm& p = w.p;
-  const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
-  const V term = w.lanes_of(affine.terms + image * affine.step, unit);
+  const V factor = splat(affine.factors[image * affine.step + unit]);
+  const V term = splat(affine.terms[image * affine.step + unit]);
   const T* from = input + image * w.image_size();
   const T* add = residual ? residual + image * w.image_size() : nullptr;
-  const int64_t back =
-      p.channels_last ? begin * p.channels : begin + unit * (w.pixels - out_pixels);
+  const int64_t back = begin + unit * (w.pixels - out_pixels);
   w.visit(unit, begin, end, [&](int64_t at, int lanes) {
     V z = fma(w.read(from + at, lanes), factor, term);
     if (add) z = z + w.read(add + at, lanes);
     w.write(out + at - back, activate(p.activation, z), lanes);
   });
+}
+
+// The same for all channels of NHWC pixels, in the order in which they lie: a stream to the
+// hardware, which a vector of each pixel by turns is not.
+template <class T>
+void apply_pixels(const Worker<T>& w, const AffineRows<Acc<T>>& affine, const T* input,
+                  const T* residual, int64_t image, int64_t begin, int64_t end, T* out) {
+  using V = Vec<T>;
+  const ChannelNorm& p = w.p;
+  const Acc<T>*factors = affine.factors + image * affine.step,
+        *terms = affine.terms + image * affine.step;
+  const int64_t first = image * w.image_size() + begin * p.channels;
+  for (int64_t pixel = 0; pixel < end - begin; ++pixel)
+    for (int64_t c = 0; c < p.channels; c += V::W) {
+      const int lanes = static_cast<int>(min_of<int64_t>(V::W, p.channels - c));
+      const int64_t at = pixel * p.channels + c;
+      V z = fma(w.read(input + first + at, lanes), load(factors + c), load(terms + c));
+      if (residual) z = z + w.read(residual + first + at, lanes);
+      w.write(out + at, activate(p.activation, z), lanes);
+    }
 }
 
 template <class T>
@@ -226,17 +193,28 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   const Worker<T> w(p);
   if (p.batch * w.image_size() == 0) return;
   const int64_t padded = Worker<T>::padded(p.channels);
-  auto* moments = static_cast<A*>(
-      scratch_bytes(Scratch::kCall, static_cast<size_t>(p.batch * 2 * padded) * sizeof(A)));
   const auto* input = static_cast<const T*>(f.input);
   const auto* residual = static_cast<const T*>(f.residual);
-  image_moments(w, input, moments, pool);
   auto *mean = static_cast<A*>(f.mean), *variance = static_cast<A*>(f.variance);
-  combine_moments(p, moments, padded, mean, variance);
+  if (!f.given) combine_moments(p, image_moments(w, input, pool), mean, variance);
   auto* room = static_cast<A*>(scratch_bytes(Scratch::kCall2, affine_bytes<T>(p)));
   const auto affine = fold(p, mean, variance, static_cast<const A*>(f.weight),
                            static_cast<const A*>(f.bias), padded, room);
   auto* output = static_cast<T*>(f.output);
+  if (p.pool.kernel_h == 0 && p.channels_last) {
+    const int64_t band = max_of<int64_t>(1, kBandElements / p.channels);
+    const int64_t bands = ceil_div(w.pixels, band), work = p.batch * bands;
+    const int64_t shards =
+        p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, work);
+    parallel_for(pool, shards, [&](int64_t shard) {
+      for (int64_t i = work * shard / shards; i < work * (shard + 1) / shards; ++i) {
+        const int64_t image = i / bands, begin = i % bands * band;
+        apply_pixels(w, affine, input, residual, image, begin, min_of(w.pixels, begin + band),
+                     output + image * w.image_size() + begin * p.channels);
+      }
+    });
+    return;
+  }
   if (p.pool.kernel_h == 0) {
     w.for_units(pool, [&](int64_t image, int64_t unit) {
       apply(w, affine, input, residual, image, unit, 0, w.pixels, output + image * w.image_size(),
@@ -268,9 +246,7 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
           Scratch::kExtra, static_cast<size_t>(rows * p.width * run + Vec<T>::W) * sizeof(T)));
       const int64_t image = p.channels_last ? plane : plane / p.channels;
       if (p.channels_last) {
-        for (int64_t unit = 0; unit < w.units_per_image; ++unit)
-          apply(w, affine, input, residual, image, unit, y0 * p.width, y1 * p.width, values,
-                rows * p.width);
+        apply_pixels(w, affine, input, residual, image, y0 * p.width, y1 * p.width, values);
       } else {
         const int64_t channel = plane % p.channels;
         apply(w, affine, input, residual, image, channel, y0 * p.width, y1 * p.width,

@@ -32,6 +32,7 @@ struct ChannelNormForward {
   void* output;
   void* mean;  // [statistics()]
   void* variance;
+  bool given;       // mean and variance are there already: they are read
   uint8_t* argmax;  // as in conv.h, without kReluZero
 };
 

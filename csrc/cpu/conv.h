@@ -94,6 +94,12 @@ struct ConvForward {
                         // larger. kReluZero where that maximum is a zero of relu. Of an average
                         // after relu, shaped like the convolution's output: 1 where relu let the
                         // value through, else 0; rows under no window hold that or 0
+  // Mean and biased variance per channel of the output as it is stored, over batch and pixels:
+  // [out_channels] as scale, or both null: not wanted. Without pool, and not transposed. Work space
+  // for them: 3 * out_channels numbers per thread.
+  void* mean;
+  void* variance;
+  double* moments;
 };
 
 struct ConvBackward {

@@ -70,7 +70,7 @@ struct Correlator {
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
     direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
-    streams = direct && !kDepthwise && StreamedEpilogue<T>::fits(p);
+    streams = direct && !kDepthwise && !p.moments.wanted() && StreamedEpilogue<T>::fits(p);
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     divide(pool);
@@ -110,22 +110,28 @@ struct Correlator {
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
       const int64_t block = unit / panel_parts, part = unit % panel_parts;
       const int64_t panels = groups * split.count;
-      run_block(rows * block / blocks, rows * (block + 1) / blocks, panels * part / panel_parts,
-                panels * (part + 1) / panel_parts);
+      run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
+                panels * part / panel_parts, panels * (part + 1) / panel_parts);
     }
     if (streams) stream_end();
   }
 
-  void run_block(int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
+  void run_block(int64_t shard, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
     Block<D> block;
+    block.shard = shard;
     find_pieces(row0, row1, &block);
     gather_rows(p.input, p.z, p.y, stage, in_place, 2 * (elements * kMaxTileRows * strip_tiles + 8),
                 &block);
     const int64_t pixels = block.rows * p.x.out_size;
     if constexpr (kDepthwise) {
       if (direct) {
+        const int64_t begin = split.column(panel0), first_pixel = row0 * p.x.out_size;
         const int64_t end = split.column(panel1 - 1) + split.width_vecs(panel1 - 1) * V::W;
-        return multiply_channels(block, split.column(panel0), end, row0 * p.x.out_size, nullptr);
+        multiply_channels(block, begin, end, first_pixel, nullptr);
+        if (p.moments.wanted())
+          p.moments.add(shard, 0, first_pixel, first_pixel + pixels, begin,
+                        min_of(end, out_channels));
+        return;
       }
     }
     if constexpr (!kDepthwise) {
@@ -149,7 +155,14 @@ struct Correlator {
       else
         multiply(block, group, panel, panel + 1, row0 * p.x.out_size, rows);
       const Finisher<T> finisher{p, channel, columns, width, finished};
-      for (int i = 0; i < block.piece_count; ++i) finisher.run(block.pieces[i], rows);
+      for (int i = 0; i < block.piece_count; ++i) {
+        const Piece& piece = block.pieces[i];
+        finisher.run(piece, rows);
+        const int64_t begin = piece.begin * p.x.out_size + p.place_x.first;
+        if (p.moments.wanted())
+          p.moments.add(shard, piece.image, begin, begin + (piece.end - piece.begin) * p.x.out_size,
+                        channel, channel + columns);
+      }
     }
   }
 
@@ -370,6 +383,14 @@ struct Correlator {
           }
         }
       }
+      if (p.moments.wanted() && direct && range.last) {
+        const int64_t last =
+            group * out_channels +
+            min_of(out_channels, split.column(panel1 - 1) + split.width_vecs(panel1 - 1) * V::W);
+        p.moments.add(block.shard, 0, first_pixel + tiles.begin(tile0),
+                      first_pixel + tiles.begin(tile1), group * out_channels + split.column(panel0),
+                      last);
+      }
       const D** const done = pointers;
       pointers = soon;
       soon = done;
@@ -475,7 +496,8 @@ void run(const Correlation<T>& p, const Parallel& pool) {
     const Parallel alone{};
     parallel_for(pool, shards, [&](int64_t shard) {
       for (int64_t i = segments * shard / shards; i < segments * (shard + 1) / shards; ++i) {
-        const auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
+        auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
+        part.moments = p.moments.from_shard(shard);
         Correlator<T, D, kDepthwise>(part, alone).run_shard(0);
       }
     });

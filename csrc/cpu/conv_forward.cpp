@@ -114,6 +114,24 @@ void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shif
 }
 
 template <class T>
+ChannelMoments<T> moments_of(const ConvForward& p, const Parallel& pool) {
+  const ConvShape& s = p.shape;
+  ChannelMoments<T> moments{s.channels_last, s.out_channels, s.out_pixels(),
+                            static_cast<const T*>(p.output), p.mean ? p.moments : nullptr};
+  if (moments.wanted()) moments.clear(pool.threads);
+  return moments;
+}
+template <class T>
+void store_moments(const ConvForward& p, const ChannelMoments<T>& moments, const Parallel& pool) {
+  if (!moments.wanted()) return;
+  for (int64_t c = 0; c < moments.channels; ++c) {
+    const Moments total = moments.total(pool.threads, c);
+    static_cast<Acc<T>*>(p.mean)[c] = static_cast<Acc<T>>(total.mean);
+    static_cast<Acc<T>*>(p.variance)[c] = static_cast<Acc<T>>(total.squares / total.count);
+  }
+}
+
+template <class T>
 void forward_pointwise(const ConvForward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
   Pointwise<T> c{};
@@ -128,7 +146,9 @@ void forward_pointwise(const ConvForward& p, const Parallel& pool) {
   c.activation = p.activation;
   c.output = static_cast<T*>(p.output);
   c.preactivation = static_cast<T*>(p.preactivation);
+  c.moments = moments_of<T>(p, pool);
   correlate_pointwise(c, pool);
+  store_moments(p, c.moments, pool);
 }
 
 template <class T>
@@ -173,16 +193,19 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
   c.argmax = p.argmax;
   if (p.argmax && p.pool.kind == PoolKind::kAverage && leaves_rows(p.pool, s.out_height))
     std::memset(p.argmax, 0, s.batch * s.out_channels * s.out_depth * s.out_height * s.out_width);
+  c.moments = moments_of<T>(p, pool);
   if constexpr (sizeof(T) <= 4) {
     if (algorithm == ConvAlgorithm::kWinograd4) {
       if (s.transposed) turn(s, &c);
-      return correlate_winograd(c, pool);
+      correlate_winograd(c, pool);
+      return store_moments(p, c.moments, pool);
     }
   }
   if (s.transposed)
     return correlate_adjoint(s, adjoint_view<T>(s, p.weight, nullptr), c.weight, {0, s.depth},
                              {0, s.height}, {0, s.width}, c, pool);
   correlate(c, pool);
+  store_moments(p, c.moments, pool);
 }
 
 void forward(const ConvForward& p, const Parallel& pool) {

@@ -2,6 +2,7 @@
 // gradient of the input.
 #pragma once
 
+#include "cpu/channel_moments.h"
 #include "cpu/conv.h"
 #include "cpu/gemm.h"
 
@@ -59,6 +60,7 @@ struct Correlation {
   T* preactivation;
   PoolShape pool;  // kernel_h == 0: none
   uint8_t* argmax;
+  ChannelMoments<T> moments;  // of the output, if wanted; without pool, and in order
 
   // Depth and height as one axis of rows.
   int64_t out_rows() const { return z.out_size * y.out_size; }

@@ -64,7 +64,7 @@ struct PlaneEpilogue {
 
 // One panel of an image's pixels, through all channels of the output.
 template <class T>
-void run_panel(const Pointwise<T>& p, int64_t image, int64_t panel) {
+void run_panel(const Pointwise<T>& p, int64_t shard, int64_t image, int64_t panel) {
   using V = Vec<T>;
   using M = Mac<T>;
   const auto split = PanelSplit<V>::of(p.pixels);
@@ -97,6 +97,7 @@ void run_panel(const Pointwise<T>& p, int64_t image, int64_t panel) {
                                     p.activation};
     run_tile<M, false>(rows, vecs, in, epilogue);
   }
+  if (p.moments.wanted()) p.moments.add(shard, image, pixel, pixel + columns, 0, p.out_channels);
 }
 
 }  // namespace
@@ -109,7 +110,7 @@ void correlate_pointwise(const Pointwise<T>& p, const Parallel& pool) {
   const int64_t shards = flops < kSerialFlops ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit)
-      run_panel(p, unit / panels, unit % panels);
+      run_panel(p, shard, unit / panels, unit % panels);
   });
 }
 

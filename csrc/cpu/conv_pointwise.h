@@ -19,6 +19,7 @@ struct Pointwise {
   Activation activation;
   T* output;
   T* preactivation;
+  ChannelMoments<T> moments;
 };
 
 // A panel of the input should stay in L2.

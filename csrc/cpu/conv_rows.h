@@ -20,6 +20,7 @@ template <class D>
 struct Block {
   Piece pieces[kMaxPieces];
   int piece_count = 0;
+  int64_t shard = 0;             // of the work
   int64_t rows = 0;              // of the convolution, in all pieces
   const D** table = nullptr;     // [rows][y.taps]: where the input row under a tap starts
   const D** pointers = nullptr;  // work space

@@ -8,6 +8,7 @@ namespace fmk::FMK_ISA {
 namespace {
 
 constexpr int64_t kMaxGroupChannels = 8;
+constexpr int64_t kMomentPixels = 64;      // gathered at a time
 constexpr double kSerialProducts = 2.5e5;  // about 20 us of one core, as for kSerialFlops
 
 // lane i of the result is lane index[i] of x.
@@ -77,7 +78,8 @@ struct PixelRows {
     epilogue.preactivation = p.preactivation;
     epilogue.activation = p.activation;
     clamps = p.activation <= Activation::kRelu6 && !p.residual && !p.preactivation;
-    streams = streamed(p.output, p.batch * p.y.out_size * p.x.out_size, channels);
+    streams =
+        !p.moments.wanted() && streamed(p.output, p.batch * p.y.out_size * p.x.out_size, channels);
     weights = static_cast<const A*>(p.weight);
     if constexpr (!kDepthwise) gather_weights();
   }
@@ -371,11 +373,19 @@ void run_pixels(const Correlation<T>& p, const Parallel& pool, int64_t threads) 
   const PixelRows<T, kDepthwise> work(p);
   const int64_t rows = p.batch * p.y.out_size, shards = min_of(threads, rows);
   parallel_for(pool, shards, [&](int64_t shard) {
-    for (int64_t row = rows * shard / shards; row < rows * (shard + 1) / shards; ++row) {
+    const int64_t end = rows * (shard + 1) / shards;
+    int64_t gathered = rows * shard / shards;  // rows before this are in the moments
+    for (int64_t row = gathered; row < end; ++row) {
       if (p.x.stride == 1)
         work.template run<kTaps, 1>(row);
       else
         work.template run<kTaps, 2>(row);
+      const int64_t pixels = (row + 1 - gathered) * p.x.out_size;
+      if (p.moments.wanted() && (pixels >= kMomentPixels || row + 1 == end)) {
+        const int64_t first = gathered * p.x.out_size;
+        p.moments.add(shard, 0, first, first + pixels, 0, p.groups * p.out_channels);
+        gathered = row + 1;
+      }
     }
     if (work.streams) stream_end();
   });
@@ -402,8 +412,13 @@ bool correlate_small_groups(const Correlation<T>& p, const Parallel& pool) {
     const PlaneRows<T> rows(p);
     const int64_t units = p.batch * p.groups, shards = min_of(threads, units);
     parallel_for(pool, shards, [&](int64_t shard) {
-      for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit)
-        rows.run(unit / p.groups, unit % p.groups);
+      for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+        const int64_t image = unit / p.groups, channel = unit % p.groups * p.out_channels;
+        rows.run(image, unit % p.groups);
+        if (p.moments.wanted())
+          p.moments.add(shard, image, 0, p.y.out_size * p.x.out_size, channel,
+                        channel + p.out_channels);
+      }
     });
     return true;
   }

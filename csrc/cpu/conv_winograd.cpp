@@ -212,12 +212,13 @@ class BlockRunner {
     direct_ = clamps && p.channels_last && (!q.kernel_h || pooled_);
     finished_ = direct_ || (clamps && !p.residual);
     const int64_t pixels = pooled_ ? q.out_height * q.out_width : p.y.out_size * p.x.out_size;
-    streams_ = direct_ && streamed(p.output, p.batch * pixels, p.out_channels);
+    streams_ =
+        direct_ && !p.moments.wanted() && streamed(p.output, p.batch * pixels, p.out_channels);
   }
   bool streams() const { return streams_; }
 
   // Pieces [first, last) of the plan and panels [panel_begin, panel_end).
-  void run(int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) {
+  void run(int64_t shard, int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) {
     collect(first, last);
     const int64_t tiles = slots_.count();
     if (tiles == 0) return;
@@ -250,6 +251,7 @@ class BlockRunner {
                   (row.image * height + row.y / step) * image_width * p_.out_channels + column;
               return Target<T>{p_.output + at, p_.residual ? p_.residual + at : nullptr};
             });
+        add_moments(shard, column, min_of(p_.out_channels, column + width));
         continue;
       }
       auto* rows = static_cast<float*>(
@@ -262,10 +264,20 @@ class BlockRunner {
       const Finisher<T> finisher{p_, column, min_of(width, p_.out_channels - column), width,
                                  finished_};
       for (int i = 0; i < piece_count_; ++i) finisher.run(pieces_[i], rows);
+      add_moments(shard, column, min_of(p_.out_channels, column + width));
     }
   }
 
  private:
+  void add_moments(int64_t shard, int64_t first, int64_t last) const {
+    if (!p_.moments.wanted()) return;
+    for (int i = 0; i < piece_count_; ++i) {
+      const Piece& piece = pieces_[i];
+      p_.moments.add(shard, piece.image, piece.begin * p_.x.out_size, piece.end * p_.x.out_size,
+                     first, last);
+    }
+  }
+
   void collect(int64_t first, int64_t last) {
     piece_count_ = 0;
     tile_row_count_ = block_rows_ = 0;
@@ -469,7 +481,7 @@ void correlate_winograd(const Correlation<T>& p, const Parallel& pool) {
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
       const int64_t block = unit / parts, part = unit % parts;
       const int64_t first = block * plan.pieces_per_block;
-      runner.run(first, min_of(plan.piece_count, first + plan.pieces_per_block),
+      runner.run(shard, first, min_of(plan.piece_count, first + plan.pieces_per_block),
                  split.count * part / parts, split.count * (part + 1) / parts);
     }
     if (runner.streams()) stream_end();

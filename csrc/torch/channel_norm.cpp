@@ -40,21 +40,41 @@ Problem check_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   return c;
 }
 
+void check_statistics(const Tensor& statistics, const char* name, const Tensor& input,
+                      const Ints& shape) {
+  check_cpu(statistics, name);
+  FMK_CHECK(statistics.scalar_type() == accumulated_as(input), name, ": unexpected dtype");
+  check_shape(statistics, name, shape);
+  check_contiguous(statistics, name);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_forward(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, int64_t groups, double eps,
     const std::optional<std::string>& activation, const std::optional<std::string>& pool,
-    const Ints& window, bool save_for_backward) {
+    const Ints& window, bool save_for_backward, const OptionalTensor& given_mean,
+    const OptionalTensor& given_variance) {
   const Problem c =
       check_norm(input, weight, bias, residual, groups, eps, activation, pool, window);
   const bool channels_last = c.norm.channels_last;
   const bool save_argmax = save_for_backward && pool && *pool == "max";
+  FMK_CHECK(given_mean.has_value() == given_variance.has_value(),
+            "mean: expected with variance, and without it");
+  const bool given = given_mean.has_value();
+  if (given) {
+    check_statistics(*given_mean, "mean", input, c.statistics);
+    check_statistics(*given_variance, "variance", input, c.statistics);
+  }
   Tensor output = allocate_image(input, c.output_size, channels_last);
   Tensor mean = allocate(input, c.statistics, accumulated_as(input));
   Tensor variance = allocate(input, c.statistics, accumulated_as(input));
   Tensor argmax = save_argmax
                       ? allocate_image(input, c.output_size, channels_last, ScalarType::Byte)
                       : allocate(input, {0}, ScalarType::Byte);
+  if (given) {
+    torch::stable::copy_(mean, *given_mean);
+    torch::stable::copy_(variance, *given_variance);
+  }
   ChannelNormForward f{};
   f.norm = c.norm;
   f.input = data_of(input);
@@ -64,6 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_forward(
   f.output = mutable_data_of(output);
   f.mean = mutable_data_of(mean);
   f.variance = mutable_data_of(variance);
+  f.given = given;
   f.argmax = static_cast<uint8_t*>(mutable_data_if(save_argmax, argmax));
   channel_norm_kernels().forward(f, torch_pool());
   return {output, mean, variance, argmax};
@@ -79,12 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_norm_backward(
       check_norm(input, weight, bias, residual, groups, eps, activation, pool, window);
   const bool channels_last = c.norm.channels_last;
   check_image(grad_output, "grad_output", input.scalar_type(), c.output_size, channels_last);
-  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, std::pair{&variance, "variance"}}) {
-    check_cpu(*tensor, name);
-    FMK_CHECK(tensor->scalar_type() == accumulated_as(input), name, ": unexpected dtype");
-    check_shape(*tensor, name, c.statistics);
-    check_contiguous(*tensor, name);
-  }
+  check_statistics(mean, "mean", input, c.statistics);
+  check_statistics(variance, "variance", input, c.statistics);
   if (pool && *pool == "max")
     check_image(argmax, "argmax", ScalarType::Byte, c.output_size, channels_last);
   const auto image = [&](bool wanted) {

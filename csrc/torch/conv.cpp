@@ -141,22 +141,11 @@ ConvAlgorithm packed_algorithm(const Tensor& packed) {
   return static_cast<ConvAlgorithm>(header.algorithm);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_forward(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-    const OptionalTensor& packed_weight, const Ints& stride, const Ints& padding,
-    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
-    const std::optional<std::string>& activation, const std::optional<std::string>& pool,
-    const Ints& window, bool save_for_backward, bool exact) {
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, transposed,
-                            padding_mode, pool, window);
-  const bool channels_last = c.shape.channels_last;
-  check_parameter(bias, "bias", input, {c.output_channels});
-  check_vector(scale, "scale", input, c.output_channels);
-  check_vector(shift, "shift", input, c.output_channels);
-  if (residual) check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
+// A convolution without what may follow it.
+ConvForward bare_forward(const Conv& c, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& packed_weight,
+                         bool exact) {
   const ConvKernels& kernels = conv_kernels();
-
   ConvForward p{};
   p.shape = c.shape;
   p.pool = c.pool;
@@ -178,6 +167,24 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
   p.input = data_of(input);
   p.weight = data_of(weight);
   p.bias = data_of(bias);
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_forward(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+    const OptionalTensor& packed_weight, const Ints& stride, const Ints& padding,
+    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
+    const std::optional<std::string>& activation, const std::optional<std::string>& pool,
+    const Ints& window, bool save_for_backward, bool exact) {
+  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, transposed,
+                            padding_mode, pool, window);
+  const bool channels_last = c.shape.channels_last;
+  check_parameter(bias, "bias", input, {c.output_channels});
+  check_vector(scale, "scale", input, c.output_channels);
+  check_vector(shift, "shift", input, c.output_channels);
+  if (residual) check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
+  ConvForward p = bare_forward(c, input, weight, bias, packed_weight, exact);
   p.scale = data_of(scale);
   p.shift = data_of(shift);
   p.residual = data_of(residual);
@@ -195,8 +202,31 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
   p.output = mutable_data_of(output);
   p.preactivation = mutable_data_if(save, saved);
   p.argmax = static_cast<uint8_t*>(mutable_data_if(save_argmax, argmax));
-  kernels.forward(p, torch_pool());
+  conv_kernels().forward(p, torch_pool());
   return {output, saved, argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_statistics(const Tensor& input, const Tensor& weight,
+                                                   const OptionalTensor& bias,
+                                                   const OptionalTensor& packed_weight,
+                                                   const Ints& stride, const Ints& padding,
+                                                   const Ints& dilation, int64_t groups,
+                                                   const std::string& padding_mode, bool exact) {
+  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, false, padding_mode,
+                            std::nullopt, {});
+  check_parameter(bias, "bias", input, {c.output_channels});
+  const Parallel pool = torch_pool();
+  Tensor output = allocate_image(input, c.output_size, c.shape.channels_last);
+  Tensor mean = allocate(input, {c.output_channels}, accumulated_as(input));
+  Tensor variance = allocate(input, {c.output_channels}, accumulated_as(input));
+  Tensor moments = allocate(input, {3 * pool.threads * c.output_channels}, ScalarType::Double);
+  ConvForward p = bare_forward(c, input, weight, bias, packed_weight, exact);
+  p.output = mutable_data_of(output);
+  p.mean = mutable_data_of(mean);
+  p.variance = mutable_data_of(variance);
+  p.moments = static_cast<double*>(mutable_data_of(moments));
+  conv_kernels().forward(p, pool);
+  return {output, mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
@@ -287,6 +317,7 @@ Tensor conv_pack_weight(const Tensor& weight, const Ints& stride, const Ints& pa
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("conv_pack_weight", TORCH_BOX(&conv_pack_weight));
 }

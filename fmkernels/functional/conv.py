@@ -421,6 +421,54 @@ def _next_state(input: Tensor, state: Tensor | None, reach: int) -> Tensor:
     return torch.cat((state[..., length:], input), -1)
 
 
+def conv_with_statistics(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrTuple,
+    padding: IntOrTuple | str,
+    dilation: IntOrTuple,
+    groups: int,
+    *,
+    padding_mode: str,
+    backend: str | None,
+    packed_weight: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A convolution for a batch norm that follows: :func:`conv2d` without an epilogue.
+
+    Returns:
+        ``(output, mean, biased variance)``, the statistics (O) of each channel of the output over
+        batch and pixels; without graph, and None where the backend has not gathered them.
+    """
+    _check_operands(input, weight, None)
+    if input.dim() == dims + 1:  # without a batch there is no batch norm
+        output = _conv(
+            dims,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+            None,
+            None,
+            None,
+            None,
+            None,
+            backend,
+            packed_weight,
+        )
+        return output, None, None
+    plan = _plan_of(dims, input, weight, stride, padding, dilation, groups, padding_mode)
+    check_vectors(input, weight.shape[0], bias=bias)
+    if packed_weight is not None:
+        _checks.packed_weight("packed_weight", packed_weight, weight)
+    return autograd.conv_with_statistics(input, weight, bias, packed_weight, plan.options, backend)
+
+
 def _conv(
     dims: int,
     input: Tensor,
@@ -444,7 +492,36 @@ def _conv(
     """The convolutions. ``edges``: padding before and after each axis, instead of ``padding``;
     ``state``: what stands there instead of zeros."""
     _check_operands(input, weight, residual)
-    plan = _plan(
+    plan = _plan_of(
+        dims,
+        input,
+        weight,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        activation,
+        pool,
+        edges,
+    )
+    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
+
+
+def _plan_of(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    stride: IntOrTuple,
+    padding: IntOrTuple | str,
+    dilation: IntOrTuple,
+    groups: int,
+    padding_mode: str,
+    activation: str | None = None,
+    pool: Pool | None = None,
+    edges: tuple[int, ...] | None = None,
+) -> _Plan:
+    return _plan(
         dims,
         input.shape,
         weight.shape,
@@ -457,7 +534,6 @@ def _conv(
         parse_pool(pool, dims),
         edges,
     )
-    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
 
 
 def _conv_transpose(

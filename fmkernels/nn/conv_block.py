@@ -11,6 +11,7 @@ from fmkernels import _checks
 from fmkernels import functional as F
 from fmkernels._dispatch import check_backend_name
 from fmkernels.functional._conv_arguments import Pool, check_pool, check_window, parse_pool
+from fmkernels.functional.conv import conv_with_statistics
 from fmkernels.nn._frozen import Freezable
 from fmkernels.nn.conv import pack_conv
 from fmkernels.ops import _activations
@@ -110,8 +111,12 @@ class _ConvBlock(Freezable, nn.Module):
         norm = self.norm
         packed_weight, scale, shift = self._packed()
         if norm is not None and _uses_statistics_of_input(norm):
-            conv = self._conv(input, packed_weight)
-            return self._norm_of(conv, residual)
+            mean = variance = None
+            if isinstance(norm, nn.GroupNorm):
+                conv = self._conv(input, packed_weight)
+            else:
+                conv, mean, variance = self._conv_with_statistics(input, packed_weight)
+            return self._norm_of(conv, residual, mean, variance)
         if norm is not None and (scale is None or _needs_graph(norm.weight, norm.bias)):
             scale, shift = _fold_batch_norm(norm, input.dtype)
         return self._conv(
@@ -125,23 +130,37 @@ class _ConvBlock(Freezable, nn.Module):
         )
 
     def _conv(self, input: Tensor, packed_weight: Tensor | None, **epilogue: Any) -> Tensor:
-        conv = self.conv
         return _FUNCTIONS[self._dims](
-            input,
-            conv.weight,
-            conv.bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            padding_mode=conv.padding_mode,
-            backend=self.backend,
-            packed_weight=packed_weight,
-            **epilogue,
+            input, *self._conv_arguments(), **self._conv_options(packed_weight), **epilogue
         )
 
-    def _norm_of(self, conv: Tensor, residual: Tensor | None) -> Tensor:
-        """Norm, residual, activation and pool of the convolution's output, by its statistics."""
+    def _conv_with_statistics(
+        self, input: Tensor, packed_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return conv_with_statistics(
+            self._dims, input, *self._conv_arguments(), **self._conv_options(packed_weight)
+        )
+
+    def _conv_arguments(self) -> tuple[Any, ...]:
+        conv = self.conv
+        return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def _conv_options(self, packed_weight: Tensor | None) -> dict[str, Any]:
+        return {
+            "padding_mode": self.conv.padding_mode,
+            "backend": self.backend,
+            "packed_weight": packed_weight,
+        }
+
+    def _norm_of(
+        self,
+        conv: Tensor,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+    ) -> Tensor:
+        """Norm, residual, activation and pool of the convolution's output, by its statistics,
+        which for a batch norm may be known already."""
         norm, unbatched = self.norm, conv.dim() == self._dims + 1
         if unbatched and not isinstance(norm, nn.GroupNorm):
             raise ValueError(f"input must have a batch dimension, got {_checks.describe(conv)}")
@@ -171,6 +190,8 @@ class _ConvBlock(Freezable, nn.Module):
             kind,
             () if kind is None else (*window[0], *window[1], *window[2]),
             self.backend,
+            mean,
+            variance,
         )
         if groups == 0 and count > 0:
             _update_running_statistics(norm, mean, variance, count)
@@ -203,8 +224,10 @@ class ConvBlock2d(_ConvBlock):
     batch norm in evaluation mode ("frozen"), whose weight and bias still get gradients. With
     batch statistics, and with a group norm, the block is the convolution followed by one op for
     all the rest, whose backward needs the convolution's output and, for a max-pool, a byte per
-    output: neither the normalised values nor those before the pool are kept. Running statistics,
-    momentum and num_batches_tracked are updated as torch's batch norm updates them.
+    output: neither the normalised values nor those before the pool are kept. On the CPU the
+    convolution gathers a batch norm's statistics on the way, while its output is in the cache.
+    Running statistics, momentum and num_batches_tracked are updated as torch's batch norm updates
+    them.
 
     Args:
         in_channels ... padding_mode, device, dtype: as in torch.nn.Conv2d.

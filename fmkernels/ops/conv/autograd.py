@@ -20,12 +20,30 @@ _OPTION_COUNT = len(ConvOptions._fields)
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, input, weight, bias, scale, shift, residual, packed_weight, backend, exact, *options
+        ctx,
+        input,
+        weight,
+        bias,
+        scale,
+        shift,
+        residual,
+        packed_weight,
+        backend,
+        exact,
+        statistics,
+        *options,
     ):
-        output, saved, argmax = CONV[backend].forward(
-            input, weight, bias, scale, shift, residual, packed_weight, *options, True, exact
-        )
         options = ConvOptions(*options)
+        results = _forward(
+            (input, weight, bias, scale, shift, residual),
+            packed_weight,
+            CONV[backend],
+            exact,
+            statistics,
+            options,
+            True,
+        )
+        output, saved, argmax, *moments = results
         # Only an unpooled relu's derivative reads the output; for the others `saved` stands in for
         # it, so that the output is not kept alive, and may be overwritten in place.
         unpooled_relu = options.activation == "relu" and options.pool is None
@@ -37,12 +55,15 @@ class _Conv(torch.autograd.Function):
         ctx.options = options
         ctx.backend = backend
         ctx.exact = exact
-        return output
+        if not statistics:
+            return output
+        ctx.mark_non_differentiable(*moments)
+        return output, *moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        nothing = (None,) * (3 + _OPTION_COUNT)
+    def backward(ctx, grad_output, *_):
+        nothing = (None,) * (4 + _OPTION_COUNT)
         if grad_output is None:
             return (None,) * 6 + nothing
         input, weight, bias, scale, output, saved, argmax = ctx.saved_tensors
@@ -70,6 +91,17 @@ class _Conv(torch.autograd.Function):
         grads = (*grads, grad_residual)
         grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
         return grads + nothing
+
+
+def _forward(tensors, packed_weight, implementation, exact, statistics, options, save):
+    """``(output, saved, argmax)`` of conv_forward, and what conv_statistics adds if wanted."""
+    if not statistics:
+        return implementation.forward(*tensors, packed_weight, *options, save, exact)
+    output, mean, variance = implementation.statistics(
+        *tensors[:3], packed_weight, *options[:4], options.padding_mode, exact
+    )
+    nothing = output.new_empty((0,)), output.new_empty((0,), dtype=torch.uint8)
+    return output, *nothing, mean, variance
 
 
 def conv(
@@ -109,9 +141,45 @@ def conv(
         bare = options._replace(pool=None, window=())
         output = conv(input, weight, bias, scale, shift, residual, packed_weight, bare, backend)
         return pool(output, options.pool, options.window, backend)
+    tensors = (input, weight, bias, scale, shift, residual)
+    return _dispatch(tensors, packed_weight, options, backend, has_epilogue, False)[0]
+
+
+def conv_with_statistics(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Tensor | None,
+    options: ConvOptions,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, mean, biased variance)`` of a convolution without epilogue.
+
+    The statistics are those of each channel of the output, (O) and without graph, for a batch norm
+    that follows; None from a backend that does not gather them on the way.
+    """
+    raw_weight = weight
+    input, weight, bias = cast_for_autocast(input, weight, bias)
+    if weight is not raw_weight:
+        packed_weight = None
+    tensors = (input, weight, bias, None, None, None)
+    return _dispatch(tensors, packed_weight, options, backend, False, True)
+
+
+def _dispatch(
+    tensors: tuple[Tensor | None, ...],
+    packed_weight: Tensor | None,
+    options: ConvOptions,
+    backend: str | None,
+    has_epilogue: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Chooses the backend, and gives it the operands in a layout that it takes."""
+    input, weight, bias, scale, shift, residual = tensors
     name, implementation = select(
         op_name(options), CONV, backend, input, weight, options, has_epilogue
     )
+    statistics = statistics and implementation.statistics is not None
     channels_last = is_channels_last(input)
     opmath = opmath_dtype(input.dtype)
     input = in_layout(input, channels_last)
@@ -125,8 +193,12 @@ def conv(
     tensors = (input, weight, bias, scale, shift, residual)
     exact = current_precision() == "exact"
     if needs_graph(*tensors):
-        return _Conv.apply(*tensors, packed_weight, name, exact, *options)
-    return implementation.forward(*tensors, packed_weight, *options, False, exact)[0]
+        results = _Conv.apply(*tensors, packed_weight, name, exact, statistics, *options)
+        return results if statistics else (results, None, None)
+    output, _, _, *moments = _forward(
+        tensors, packed_weight, implementation, exact, statistics, options, False
+    )
+    return (output, *moments) if statistics else (output, None, None)
 
 
 def op_name(options: ConvOptions) -> str:

@@ -17,11 +17,23 @@ from fmkernels.ops.conv.geometry import in_layout, is_channels_last, window_part
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, input, weight, bias, residual, groups, eps, activation, pool, window, backend
+        ctx,
+        input,
+        weight,
+        bias,
+        residual,
+        groups,
+        eps,
+        activation,
+        pool,
+        window,
+        backend,
+        known_mean,
+        known_variance,
     ):
         options = (groups, eps, activation, pool, window)
         output, mean, variance, argmax = NORM[backend].forward(
-            input, weight, bias, residual, *options, True
+            input, weight, bias, residual, *options, True, known_mean, known_variance
         )
         # Without an activation the derivative does not depend on the residual.
         kept_residual = None if activation is None else residual
@@ -36,12 +48,12 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, _mean, _variance):
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 12
         needs = ctx.needs_input_grad[:4]
         grad_output = in_layout(grad_output, is_channels_last(ctx.saved_tensors[0]))
         grads = NORM[ctx.backend].backward(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
         grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        return grads + (None,) * 6
+        return grads + (None,) * 8
 
 
 def norm(
@@ -55,19 +67,33 @@ def norm(
     pool: str | None,
     window: tuple[int, ...],
     backend: str | None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``pool(activation(norm(input) * weight + bias + residual))`` on checked arguments.
 
     Args:
         input: (N, C, *spatial) of any strides.
         groups: 0 for the statistics of the whole batch, else those of each image's groups.
+        mean, variance: these statistics of ``input``, both or neither, if they are known.
 
     Returns:
         ``(output, mean, biased variance)``; the statistics are (C) or (N, groups), without graph.
     """
     if pool is not None and not fuses_pool(window_parts(window)[0]):
         output, mean, variance = norm(
-            input, weight, bias, residual, groups, eps, activation, None, (), backend
+            input,
+            weight,
+            bias,
+            residual,
+            groups,
+            eps,
+            activation,
+            None,
+            (),
+            backend,
+            mean,
+            variance,
         )
         return pool_image(output, pool, window, backend), mean, variance
     name, implementation = select("channel_norm", NORM, backend, input)
@@ -80,5 +106,5 @@ def norm(
     tensors = (input, weight, bias, residual)
     options = (groups, eps, activation, pool, window)
     if needs_graph(*tensors):
-        return _Norm.apply(*tensors, *options, name)
-    return implementation.forward(*tensors, *options, False)[:3]
+        return _Norm.apply(*tensors, *options, name, mean, variance)
+    return implementation.forward(*tensors, *options, False, mean, variance)[:3]

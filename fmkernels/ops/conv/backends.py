@@ -28,7 +28,9 @@ FUSED_POOL_WINDOWS = ((2, 2), (3, 3))
 
 _ops = torch.ops.fmkernels
 
-_NATIVE_CONV = native_ops_support("conv_forward", "conv_backward", "conv_pack_weight")
+_NATIVE_CONV = native_ops_support(
+    "conv_forward", "conv_statistics", "conv_backward", "conv_pack_weight"
+)
 _NATIVE_MAX_POOL = native_ops_support("max_pool_forward", "max_pool_backward")
 _NATIVE_AVG_POOL = native_ops_support("avg_pool_forward", "avg_pool_backward")
 _NATIVE_NORM = native_ops_support("channel_norm_forward", "channel_norm_backward")
@@ -113,6 +115,7 @@ CONV = {
         forward=_ops.conv_forward.default,
         backward=_ops.conv_backward.default,
         pack=_ops.conv_pack_weight.default,
+        statistics=_ops.conv_statistics.default,
     ),
     "cuda": Backend(
         supports=cuda.depthwise_supports,

@@ -28,12 +28,15 @@ def channel_norm_forward(
     pool: str | None,
     window: Sequence[int],
     save_for_backward: bool,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See schema_norm.py."""
     channels_last = is_channels_last(input)
     x = input.to(_activations.opmath_dtype(input.dtype))
-    grouped, axes = _grouped(x, groups)
-    variance, mean = torch.var_mean(grouped, axes, correction=0)
+    if mean is None or variance is None:
+        grouped, axes = _grouped(x, groups)
+        variance, mean = torch.var_mean(grouped, axes, correction=0)
     normalised = _normalised(x, mean, variance, eps, groups)
     output = _activations.apply(activation, _affine(normalised, weight, bias, residual))
     output = in_layout(output.to(input.dtype), channels_last)

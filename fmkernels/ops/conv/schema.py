@@ -23,6 +23,10 @@ without it may be passed to a forward with it: the forward then packs anew if it
 
 A transposed convolution of a stride above 1 takes no pool.
 
+conv_statistics is conv_forward without an epilogue, together with the mean and the biased variance
+of each channel of the output, as it is stored, over batch and pixels: (O), dtypes as ``scale``.
+They are gathered while the blocks of the output are in the cache. Not for transposed convolutions.
+
 conv_backward returns gradients of the inputs' dtypes and shapes. It reads ``bias`` only for
 ``need_scale``. An output that is not asked for is an empty tensor of shape (0,).
 """
@@ -55,6 +59,11 @@ _library.define(
     "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     f"Tensor? residual, Tensor? packed_weight, {_OPTIONS}, bool save_for_backward, "
     "bool exact=False) -> (Tensor output, Tensor saved, Tensor argmax)"
+)
+_library.define(
+    "conv_statistics(Tensor input, Tensor weight, Tensor? bias, Tensor? packed_weight, "
+    "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode, "
+    "bool exact=False) -> (Tensor output, Tensor mean, Tensor variance)"
 )
 _library.define(
     "conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? scale, "
@@ -105,6 +114,28 @@ def _conv_forward_fake(
         new_image(input, output_shape, channels_last),
         input.new_empty((0,)) if saved is None else saved,
         input.new_empty((0,), dtype=torch.uint8) if argmax is None else argmax,
+    )
+
+
+@torch.library.register_fake("fmkernels::conv_statistics", lib=_library)
+def _conv_statistics_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed_weight: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = conv_shape(input, weight, ConvOptions(stride, padding, dilation, groups))
+    opmath = opmath_dtype(input.dtype)
+    return (
+        new_image(input, shape, is_channels_last(input)),
+        input.new_empty((shape[1],), dtype=opmath),
+        input.new_empty((shape[1],), dtype=opmath),
     )
 
 

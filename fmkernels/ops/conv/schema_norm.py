@@ -6,7 +6,8 @@ channel_norm_forward computes ``pool(activation(norm(input) * weight + bias + re
   variance per channel. ``groups`` >= 1: group norm (Wu and He 2018), one per image and group.
 * ``input`` and ``residual`` (N, C, *spatial) as in schema.py; ``weight`` and ``bias`` (C), or None
   for 1 and 0; these, ``mean`` and ``variance`` are float32, or float64 if ``input`` is.
-* ``mean`` and ``variance`` (biased) are (C) or (N, groups).
+* ``mean`` and ``variance`` (biased) are (C) or (N, groups). The forward takes those of ``input``
+  where they are known already, as from conv_statistics, and computes them where they are None.
 * ``activation``, ``pool`` and ``window`` as in schema.py.
 * ``argmax`` (uint8), only if ``save_for_backward`` and the pool is a max, as in schema.py.
 
@@ -27,7 +28,8 @@ from fmkernels.ops.conv.geometry import is_channels_last, new_image, pooled_shap
 _library = torch.library.Library("fmkernels", "FRAGMENT")
 _library.define(
     "channel_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "int groups, float eps, str? activation, str? pool, int[] window, bool save_for_backward) -> "
+    "int groups, float eps, str? activation, str? pool, int[] window, bool save_for_backward, "
+    "Tensor? mean=None, Tensor? variance=None) -> "
     "(Tensor output, Tensor mean, Tensor variance, Tensor argmax)"
 )
 _library.define(
@@ -56,6 +58,8 @@ def _channel_norm_forward_fake(
     pool: str | None,
     window: Sequence[int],
     save_for_backward: bool,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, channels_last = pooled_shape(input.shape, window), is_channels_last(input)
     opmath = opmath_dtype(input.dtype)

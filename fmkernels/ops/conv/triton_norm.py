@@ -313,11 +313,14 @@ def channel_norm_forward(
     pool: str | None,
     window: Sequence[int],
     save_for_backward: bool,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See schema_norm.py."""
     layout = _layout(input, groups)
     channels_last = is_channels_last(input)
-    mean, variance = _statistics(input, layout)
+    if mean is None or variance is None:
+        mean, variance = _statistics(input, layout)
     output = new_image(input, input.shape, channels_last)
     launch(
         channel_norm_fwd_kernel,
