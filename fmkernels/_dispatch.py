@@ -54,19 +54,19 @@ class Backend:
         backward: same signature as the op's ``*_backward`` schema.
         pack: same signature as the op's ``*_pack_weight`` schema; None if there is nothing to
             pack.
-        statistics: of a convolution, same signature as ``conv_statistics``; None if there is no
-            such kernel.
         yields_to: called with the same problem under ``"auto"`` only; returns ``(name, reason)``
             of a backend that is faster for it although it stands later in the list, or None. If
             that one cannot serve the call, this one does.
+        statistics: of a convolution, same signature as ``conv_statistics``; None if there is no
+            such kernel.
     """
 
     supports: Callable[..., Support]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     pack: Callable[..., Any] | None = None
-    statistics: Callable[..., Any] | None = None
     yields_to: Callable[..., tuple[str, str] | None] | None = None
+    statistics: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

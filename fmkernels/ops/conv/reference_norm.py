@@ -37,6 +37,8 @@ def channel_norm_forward(
     if mean is None or variance is None:
         grouped, axes = _grouped(x, groups)
         variance, mean = torch.var_mean(grouped, axes, correction=0)
+    else:
+        mean, variance = mean.clone(), variance.clone()
     normalised = _normalised(x, mean, variance, eps, groups)
     output = _activations.apply(activation, _affine(normalised, weight, bias, residual))
     output = in_layout(output.to(input.dtype), channels_last)

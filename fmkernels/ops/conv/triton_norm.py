@@ -321,6 +321,8 @@ def channel_norm_forward(
     channels_last = is_channels_last(input)
     if mean is None or variance is None:
         mean, variance = _statistics(input, layout)
+    else:
+        mean, variance = mean.clone(), variance.clone()
     output = new_image(input, input.shape, channels_last)
     launch(
         channel_norm_fwd_kernel,
