@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmkernels.ops import _dropout
 from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops.attention.schema import Options, empty_output
+from fmkernels.ops.attention.schema import Options, check_lengths, empty_output
 
 _MINUS_INFINITY = float("-inf")
 
@@ -279,17 +279,6 @@ def _row_statistics(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
 
 
 # --- the cache ---
-
-
-def check_lengths(seqlens: Tensor, capacity: int, appended: int) -> None:
-    """On the CPU a length past the cache must raise; kernels of other devices clamp it."""
-    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or seqlens.numel() == 0:
-        return
-    least, most = seqlens.min().item(), seqlens.max().item() + appended
-    if least < 0 or most > capacity:
-        raise RuntimeError(
-            f"cache_seqlens: lengths must stay in [0, {capacity}], got {least} to {most}"
-        )
 
 
 def _gathered(cache: Tensor, page_table: Tensor | None) -> Tensor:

@@ -118,6 +118,17 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, heads, length, width)
 
 
+def check_lengths(seqlens: Tensor, capacity: int, appended: int) -> None:
+    """On the CPU a length past the cache must raise; kernels of other devices clamp it."""
+    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or seqlens.numel() == 0:
+        return
+    least, most = seqlens.min().item(), seqlens.max().item() + appended
+    if least < 0 or most > capacity:
+        raise RuntimeError(
+            f"cache_seqlens: lengths must stay in [0, {capacity}], got {least} to {most}"
+        )
+
+
 def _row_terms(query: Tensor) -> Tensor:
     """One number per query, of lse's dtype."""
     return query.new_empty(query.shape[:-1], dtype=opmath_dtype(query.dtype))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fmkernels.ops._triton.launch import architecture, dot_precision, launch
 from fmkernels.ops.attention import triton_configs as configs
-from fmkernels.ops.attention.reference import check_lengths
-from fmkernels.ops.attention.schema import empty_output
+from fmkernels.ops.attention.schema import check_lengths, empty_output
 from fmkernels.ops.attention.triton import padded_width
 from fmkernels.ops.attention.triton_decode import (
     attention_append_kernel,
