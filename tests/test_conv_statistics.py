@@ -13,7 +13,10 @@ from fmkernels import _native, testing
 from fmkernels.ops._activations import opmath_dtype
 
 ops = torch.ops.fmkernels
-pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    not _native.HAS_NATIVE,
+    reason=f"no other backend gathers statistics; no native library: {_native.NATIVE_ERROR}",
+)
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 

@@ -440,28 +440,14 @@ def conv_with_statistics(
     Returns:
         ``(output, mean, biased variance)``, the statistics (O) of each channel of the output over
         batch and pixels; without graph, and None where the backend has not gathered them.
+
+    Raises:
+        ValueError: as :func:`conv2d`, and if ``input`` is a single image: a batch norm has no use
+            for it.
     """
     _check_operands(input, weight, None)
-    if input.dim() == dims + 1:  # without a batch there is no batch norm
-        output = _conv(
-            dims,
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            padding_mode,
-            None,
-            None,
-            None,
-            None,
-            None,
-            backend,
-            packed_weight,
-        )
-        return output, None, None
+    if input.dim() == dims + 1:
+        raise ValueError(f"input must have a batch dimension, got {_checks.describe(input)}")
     plan = _plan_of(dims, input, weight, stride, padding, dilation, groups, padding_mode)
     check_vectors(input, weight.shape[0], bias=bias)
     if packed_weight is not None:

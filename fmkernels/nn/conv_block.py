@@ -162,8 +162,6 @@ class _ConvBlock(Freezable, nn.Module):
         """Norm, residual, activation and pool of the convolution's output, by its statistics,
         which for a batch norm may be known already."""
         norm, unbatched = self.norm, conv.dim() == self._dims + 1
-        if unbatched and not isinstance(norm, nn.GroupNorm):
-            raise ValueError(f"input must have a batch dimension, got {_checks.describe(conv)}")
         if residual is not None:
             _checks.tensor("residual", residual)
             _checks.shape("residual", residual, conv.shape, "the conv's output")
