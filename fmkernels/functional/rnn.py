@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmkernels import _checks as check
+from fmkernels._remember import remember
 from fmkernels.functional._options import probability
-from fmkernels.ops.rnn import autograd
+from fmkernels.ops.rnn import autograd, quick
 from fmkernels.ops.rnn.schema import LSTM_ACTIVATIONS, LSTMOptions
 
 
@@ -95,7 +97,16 @@ def lstm(
     )
     recurrent_dropout = probability("recurrent_dropout", recurrent_dropout)
     check.boolean("return_cell_states", return_cell_states)
-    stack = _Stack.of(input, num_layers, dropout, training, bidirectional, batch_first)
+    plan = _plan(num_layers, dropout, training, bidirectional, batch_first)
+    draws = plan.draws or (training and (recurrent_dropout > 0.0 or options.zoneout > 0.0))
+    if lengths is None and not draws:
+        results = quick.lstm(
+            input, hx, weights, packed_weights, num_layers, plan.directions, options, batch_first,
+            return_cell_states, backend,
+        )  # fmt: skip
+        if results is not None:
+            return results
+    stack = _Stack.of(input, plan)
     hidden = _gate_size("weights[1]", _second(weights), 4)
     projected = weights[1].size(1)
     kinds = [("w_ih", 4 * hidden, -1), ("w_hh", 4 * hidden, projected)]
@@ -159,8 +170,10 @@ def gru(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
-    stack = _Stack.of(input, num_layers, dropout, training, bidirectional, batch_first)
-    return _simple("gru", stack, hx, weights, 3, has_biases, lengths, (), packed_weights, backend)
+    plan = _plan(num_layers, dropout, training, bidirectional, batch_first)
+    return _simple(
+        "gru", input, plan, hx, weights, 3, has_biases, lengths, (), packed_weights, backend
+    )
 
 
 def rnn(
@@ -199,13 +212,14 @@ def rnn(
         UnsupportedError: the explicit backend cannot serve the call.
     """
     check.choice("nonlinearity", nonlinearity, ("tanh", "relu"))
-    stack = _Stack.of(input, num_layers, dropout, training, bidirectional, batch_first)
+    plan = _plan(num_layers, dropout, training, bidirectional, batch_first)
     extra = (nonlinearity,)
     return _simple(
-        "rnn", stack, hx, weights, 1, has_biases, lengths, extra, packed_weights, backend
+        "rnn", input, plan, hx, weights, 1, has_biases, lengths, extra, packed_weights, backend
     )
 
 
+@remember
 def lstm_options(
     has_biases: bool,
     peephole: bool,
@@ -268,6 +282,36 @@ def _second(weights: object) -> object:
     return weights[1]
 
 
+class _Plan(NamedTuple):
+    """A stack's options, checked."""
+
+    num_layers: int
+    directions: int
+    dropout: float
+    training: bool
+    batch_first: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is dropout between layers."""
+        return self.training and self.dropout > 0.0 and self.num_layers > 1
+
+
+@remember
+def _plan(
+    num_layers: int, dropout: float, training: bool, bidirectional: bool, batch_first: bool
+) -> _Plan:
+    num_layers = check.integer("num_layers", num_layers, 1)
+    for name, flag in (
+        ("training", training),
+        ("bidirectional", bidirectional),
+        ("batch_first", batch_first),
+    ):
+        check.boolean(name, flag)
+    dropout = probability("dropout", dropout)
+    return _Plan(num_layers, 2 if bidirectional else 1, dropout, training, batch_first)
+
+
 @dataclass(frozen=True)
 class _Stack:
     """The arguments that every kind of layer has, checked; the input with a batch dimension."""
@@ -283,26 +327,18 @@ class _Stack:
     steps: int
 
     @classmethod
-    def of(cls, input, num_layers, dropout, training, bidirectional, batch_first) -> _Stack:
+    def of(cls, input: Tensor, plan: _Plan) -> _Stack:
         check.tensor("input", input)
         check.rank("input", input, 2, 3)
-        num_layers = check.integer("num_layers", num_layers, 1)
-        for name, flag in (
-            ("training", training),
-            ("bidirectional", bidirectional),
-            ("batch_first", batch_first),
-        ):
-            check.boolean(name, flag)
-        dropout = probability("dropout", dropout)
-        batched = input.dim() == 3
+        batched, batch_first = input.dim() == 3, plan.batch_first
         if not batched:
             input, batch_first = input.unsqueeze(1), False
         batch, steps = input.size(0 if batch_first else 1), input.size(1 if batch_first else 0)
         if steps == 0:
             raise ValueError("input must have at least one step, got a sequence of length 0")
         return cls(
-            input, batched, batch_first, num_layers, 2 if bidirectional else 1, dropout, training,
-            batch, steps,
+            input, batched, batch_first, plan.num_layers, plan.directions, plan.dropout,
+            plan.training, batch, steps,
         )  # fmt: skip
 
     def layers_of(
@@ -393,10 +429,19 @@ class _Stack:
 
 
 def _simple(
-    kind, stack: _Stack, hx, weights, gates, has_biases, lengths, extra, packed_weights, backend
-) -> tuple[Tensor, Tensor]:
+    kind, input, plan: _Plan, hx, weights, gates, has_biases, lengths, extra, packed_weights,
+    backend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """GRU and RNN, which differ in the number of gates and in what their op takes besides."""
     check.boolean("has_biases", has_biases)
+    if lengths is None and not plan.draws:
+        results = quick.simple(
+            kind, input, hx, weights, packed_weights, plan.num_layers, plan.directions, extra,
+            has_biases, plan.batch_first, backend,
+        )  # fmt: skip
+        if results is not None:
+            return results
+    stack = _Stack.of(input, plan)
     hidden = _gate_size("weights[1]", _second(weights), gates)
     kinds = [("w_ih", gates * hidden, -1), ("w_hh", gates * hidden, hidden)]
     if has_biases:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmkernels import _checks as check
 from fmkernels.functional.rnn import check_pair, check_state, check_weight
-from fmkernels.ops.rnn import autograd
+from fmkernels.ops.rnn import autograd, quick
 
 
 def lstm_cell(
@@ -47,7 +47,7 @@ def lstm_cell(
     """
     if (b_ih is None) == (b_hh is None):
         weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-        result = autograd.quick_lstm_cell(input, hx, weights, packed_weight, backend)
+        result = quick.lstm_cell(input, hx, weights, packed_weight, backend)
         if result is not None:
             return result
     leading, hidden, weights = _check_cell(input, w_ih, w_hh, b_ih, b_hh, 4, packed_weight)
@@ -177,9 +177,7 @@ def _simple_cell(
 ) -> Tensor:
     if (b_ih is None) == (b_hh is None):
         weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-        result = autograd.quick_simple_cell(
-            kind, input, hx, weights, packed_weight, extra, backend
-        )
+        result = quick.simple_cell(kind, input, hx, weights, packed_weight, extra, backend)
         if result is not None:
             return result
     leading, hidden, weights = _check_cell(input, w_ih, w_hh, b_ih, b_hh, gates, packed_weight)

@@ -84,8 +84,9 @@ class _Sequence(Freezable, nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         # By name and not from the base class's list, which parametrizations and
-        # torch.func.functional_call leave stale.
-        return [getattr(self, name) for name in self._weight_names()]
+        # torch.func.functional_call leave stale. Plain parameters without the detour by getattr.
+        parameters, names = self._parameters, self._weight_names()
+        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
 
     def _packing_sources(self) -> list[Tensor]:
         return self._weights()

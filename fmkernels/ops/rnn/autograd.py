@@ -13,8 +13,6 @@ from torch.autograd.function import once_differentiable
 from fmkernels._dispatch import (
     Backend,
     autocast_enabled,
-    current_backend,
-    record_decision,
     select,
 )
 from fmkernels.ops._autocast import autocast_off
@@ -35,7 +33,7 @@ from fmkernels.ops.rnn.schema import (
 Extra = tuple[Any, ...]
 
 
-class _LSTMLayer(torch.autograd.Function):
+class LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, c0, packed_weight, masks, options, batch_first, return_cells, backend,
@@ -79,7 +77,7 @@ class _LSTMLayer(torch.autograd.Function):
         )
 
 
-class _GRULayer(torch.autograd.Function):
+class GRULayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, packed_weight, lengths, extra, has_biases, batch_first, backend, *weights
@@ -105,7 +103,7 @@ class _GRULayer(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _RNNLayer(torch.autograd.Function):
+class RNNLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, packed_weight, lengths, extra, has_biases, batch_first, backend, *weights
@@ -182,7 +180,7 @@ def _lstm_layer(
     input, h0, c0 = _rows_contiguous(input), h0.contiguous(), c0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, c0, *weights):
-        return _LSTMLayer.apply(
+        return LSTMLayer.apply(
             input, h0, c0, packed_weight, masks, options, batch_first, return_cells, name, *weights
         )
     return LSTM[name].forward(
@@ -196,7 +194,7 @@ def _gru_layer(
     input, h0 = _rows_contiguous(input), h0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, *weights):
-        return _GRULayer.apply(
+        return GRULayer.apply(
             input, h0, packed_weight, lengths, extra, has_biases, batch_first, name, *weights
         )
     return GRU[name].forward(
@@ -210,7 +208,7 @@ def _rnn_layer(
     input, h0 = _rows_contiguous(input), h0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, *weights):
-        return _RNNLayer.apply(
+        return RNNLayer.apply(
             input, h0, packed_weight, lengths, extra, has_biases, batch_first, name, *weights
         )
     return RNN[name].forward(
@@ -427,84 +425,6 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 _NO_MASKS = (None,) * 4
-# What unchecked operands can raise. Nothing is lost: the caller then takes the checked way, which
-# raises again, naming the argument.
-_CLOSER_LOOK = (AttributeError, RuntimeError, TypeError, ValueError)
-_UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
-
-
-def _zero_state(input: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return input.new_zeros(input.size(0), weights[1].size(1))
-
-
-def _is_ordinary(
-    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
-) -> bool:
-    """Whether a cell's step may go to the native op as it is, which checks its own operands.
-
-    A step takes as long as a few dozen lines of Python, so the everyday call has its own way.
-    """
-    requested = current_backend() if backend is None else backend
-    if (
-        requested not in ("auto", "cpu")
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or not input.is_cpu
-        or not all(tensor.is_cpu for tensor in others)
-        or input.dim() != 2
-        or not backends["cpu"].supports(input).ok
-    ):
-        return False
-    if requested == "auto":
-        record_decision(op, "cpu")
-    return True
-
-
-def quick_lstm_cell(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    weights: list[Tensor],
-    packed_weight: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor] | None:
-    """:func:`lstm_cell` on unchecked arguments, or None where they want a closer look."""
-    try:
-        h, c = (zeros := _zero_state(input, weights), zeros) if hx is None else hx
-        if c.dtype != input.dtype:
-            return None
-        if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
-            return None
-        options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
-        results = _lstm_layer(
-            "cpu", input, h, c, weights, packed_weight, _NO_MASKS, options, False, False
-        )
-    except _CLOSER_LOOK:
-        return None
-    return results[1], results[2]
-
-
-def quick_simple_cell(
-    kind: str,
-    input: Tensor,
-    h: Tensor | None,
-    weights: list[Tensor],
-    packed_weight: Tensor | None,
-    extra: Extra,
-    backend: str | None,
-) -> Tensor | None:
-    """:func:`simple_cell` on unchecked arguments, or None where they want a closer look."""
-    backends, run_layer = _SIMPLE[kind]
-    try:
-        if h is None:
-            h = _zero_state(input, weights)
-        if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
-            return None
-        has_biases = len(weights) == 4
-        return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
-            1
-        ]
-    except _CLOSER_LOOK:
-        return None
 
 
 def lstm_cell(

@@ -1,0 +1,227 @@
+"""The everyday call of a recurrent layer or cell: on the CPU, without autocast and random masks.
+
+Checking each operand in Python takes longer than a short sequence does, so these functions hand
+unchecked operands to the native ops, which check what they are given. They answer None where the
+call is not an everyday one, or raised: the caller then takes the checked way, which raises again
+and names the argument, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fmkernels._dispatch import Backend, current_backend, record_decision
+from fmkernels.ops._autograd import needs_graph
+from fmkernels.ops.rnn.autograd import Extra, GRULayer, LSTMLayer, RNNLayer
+from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
+from fmkernels.ops.rnn.schema import PLAIN_LSTM, LSTMOptions
+
+_NO_MASKS = (None,) * 4
+_UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
+# What unchecked operands can raise.
+_CLOSER_LOOK = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
+def _is_ordinary(
+    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
+) -> bool:
+    requested = current_backend() if backend is None else backend
+    if (
+        requested not in ("auto", "cpu")
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or not input.is_cpu
+        or input.size(-1) == 0
+        or not backends["cpu"].supports(input).ok
+    ):
+        return False
+    for tensor in others:
+        if not tensor.is_cpu:
+            return False
+    if requested == "auto":
+        record_decision(op, "cpu")
+    return True
+
+
+def _run_lstm(input, h0, c0, weights, packed_weight, options, batch_first, return_cells):
+    """One layer; output, h_n, c_n and cell states."""
+    if needs_graph(input, h0, c0, *weights):
+        return LSTMLayer.apply(
+            input, h0, c0, packed_weight, _NO_MASKS, options, batch_first, return_cells, "cpu",
+            *weights,
+        )  # fmt: skip
+    return LSTM["cpu"].forward(
+        input, h0, c0, weights, packed_weight, *_NO_MASKS, *options, batch_first, return_cells,
+        False,
+    )[:4]  # fmt: skip
+
+
+def _run_simple(kind, input, h0, weights, packed_weight, extra: Extra, has_biases, batch_first):
+    """One layer of kind "gru" or "rnn"; output and h_n."""
+    if needs_graph(input, h0, *weights):
+        layer = GRULayer if kind == "gru" else RNNLayer
+        return layer.apply(
+            input, h0, packed_weight, None, extra, has_biases, batch_first, "cpu", *weights
+        )
+    if kind == "gru":
+        return GRU["cpu"].forward(
+            input, h0, weights, packed_weight, None, has_biases, batch_first, False
+        )[:2]
+    return RNN["cpu"].forward(
+        input, h0, weights, packed_weight, None, *extra, has_biases, batch_first
+    )
+
+
+def _layers_of(
+    weights: Sequence[Tensor], packed_weights: Sequence[Tensor | None] | None, num_layers: int
+) -> list[tuple[list[Tensor], Tensor | None]] | None:
+    """Each layer's weights and what was packed from them; None if they cannot be divided."""
+    if packed_weights is None:
+        packed_weights = (None,) * num_layers
+    count, rest = divmod(len(weights), num_layers)
+    if rest or not isinstance(packed_weights, (tuple, list)) or len(packed_weights) != num_layers:
+        return None
+    if num_layers == 1:
+        return [(list(weights), packed_weights[0])]
+    return [
+        (list(weights[i * count : (i + 1) * count]), packed)
+        for i, packed in enumerate(packed_weights)
+    ]
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    packed_weights: Sequence[Tensor | None] | None,
+    num_layers: int,
+    directions: int,
+    options: LSTMOptions,
+    batch_first: bool,
+    return_cells: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...] | None:
+    """A stack of layers without projection: output, h_n, c_n and, if asked for, cell states."""
+    try:
+        hidden, stacked = weights[1].size(1), num_layers * directions
+        if input.dim() != 3 or weights[1].size(0) != 4 * hidden:
+            return None
+        if hx is None:
+            h0 = c0 = input.new_zeros(stacked, input.size(0 if batch_first else 1), hidden)
+        elif isinstance(hx, (tuple, list)):
+            h0, c0 = hx
+            if h0.size(0) != stacked or c0.size(-1) != hidden:
+                return None
+        else:
+            return None
+        layers = _layers_of(weights, packed_weights, num_layers)
+        if layers is None or not _is_ordinary("lstm", LSTM, backend, input, h0, c0, *weights):
+            return None
+        if num_layers == 1:
+            results = _run_lstm(input, h0, c0, *layers[0], options, batch_first, return_cells)
+            return results if return_cells else results[:3]
+        hiddens, cells = [], []
+        for index, (own, packed) in enumerate(layers):
+            at = slice(index * directions, (index + 1) * directions)
+            wants_cells = return_cells and index + 1 == num_layers
+            input, h_n, c_n, cell_states = _run_lstm(
+                input, h0[at], c0[at], own, packed, options, batch_first, wants_cells
+            )
+            hiddens.append(h_n)
+            cells.append(c_n)
+    except _CLOSER_LOOK:
+        return None
+    results = input, torch.cat(hiddens), torch.cat(cells)
+    return (*results, cell_states) if return_cells else results
+
+
+def simple(
+    kind: str,
+    input: Tensor,
+    h0: Tensor | None,
+    weights: Sequence[Tensor],
+    packed_weights: Sequence[Tensor | None] | None,
+    num_layers: int,
+    directions: int,
+    extra: Extra,
+    has_biases: bool,
+    batch_first: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """A stack of layers of kind "gru" or "rnn": output and h_n."""
+    try:
+        hidden, stacked = weights[1].size(1), num_layers * directions
+        if input.dim() != 3:
+            return None
+        if h0 is None:
+            h0 = input.new_zeros(stacked, input.size(0 if batch_first else 1), hidden)
+        elif h0.size(0) != stacked:
+            return None
+        layers = _layers_of(weights, packed_weights, num_layers)
+        backends = GRU if kind == "gru" else RNN
+        if layers is None or not _is_ordinary(kind, backends, backend, input, h0, *weights):
+            return None
+        if num_layers == 1:
+            return _run_simple(kind, input, h0, *layers[0], extra, has_biases, batch_first)
+        hiddens = []
+        for index, (own, packed) in enumerate(layers):
+            at = slice(index * directions, (index + 1) * directions)
+            input, h_n = _run_simple(
+                kind, input, h0[at], own, packed, extra, has_biases, batch_first
+            )
+            hiddens.append(h_n)
+    except _CLOSER_LOOK:
+        return None
+    return input, torch.cat(hiddens)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """One step, as :func:`fmkernels.ops.rnn.autograd.lstm_cell`."""
+    try:
+        if input.dim() != 2:
+            return None
+        if hx is None:
+            h = c = input.new_zeros(input.size(0), weights[1].size(1))
+        else:
+            h, c = hx
+        if c.dtype != input.dtype:
+            return None
+        if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
+            return None
+        options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
+        return _run_lstm(input, h, c, weights, packed_weight, options, False, False)[1:3]
+    except _CLOSER_LOOK:
+        return None
+
+
+def simple_cell(
+    kind: str,
+    input: Tensor,
+    h: Tensor | None,
+    weights: list[Tensor],
+    packed_weight: Tensor | None,
+    extra: Extra,
+    backend: str | None,
+) -> Tensor | None:
+    """One step, as :func:`fmkernels.ops.rnn.autograd.simple_cell`."""
+    try:
+        if input.dim() != 2:
+            return None
+        if h is None:
+            h = input.new_zeros(input.size(0), weights[1].size(1))
+        backends = GRU if kind == "gru" else RNN
+        if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
+            return None
+        has_biases = len(weights) == 4
+        return _run_simple(kind, input, h, weights, packed_weight, extra, has_biases, False)[1]
+    except _CLOSER_LOOK:
+        return None
