@@ -243,19 +243,17 @@ class CellRun {
     for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
       const int64_t row = tiles.begin(tile);
       GateOperands<M> in{};
-      if (reads_x(position))
-        in.parts[0] = {{reinterpret_cast<const char*>(x_weight(weight + row)), I * kSize},
-                       I,
-                       x_panels_ + first * I};
-      if (reads_h(position))
-        in.parts[1] = {{reinterpret_cast<const char*>(h_weight(weight + row)), H * kSize},
-                       H,
-                       h_panels_ + first * H};
+      // Ahead: the weights' rows that follow; the panel stays in the cache.
+      const auto part = [&](const T* rows_from, int64_t words, const Word<T>* panel) FMK_LAMBDA {
+        const auto* from = reinterpret_cast<const char*>(rows_from);
+        const int64_t apart = words * kSize;
+        return typename GateOperands<M>::Part{
+            {from, apart}, words, panel, from + tiles.rows(tile) * apart};
+      };
+      if (reads_x(position)) in.parts[0] = part(x_weight(weight + row), I, x_panels_ + first * I);
+      if (reads_h(position)) in.parts[1] = part(h_weight(weight + row), H, h_panels_ + first * H);
       in.gates = transposed_ + row * NV * W;
       in.ld_gates = NV * W;
-      // The weights' rows that follow; the panel stays in the cache.
-      in.ahead = in.parts[reads_x(position) ? 0 : 1].rows.first +
-                 tiles.rows(tile) * (reads_x(position) ? I : H) * kSize;
       in.ahead_step = 64;
       run_gate_tile<M, NV, false>(tiles.rows(tile), in);
     }

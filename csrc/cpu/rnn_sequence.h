@@ -270,7 +270,7 @@ class SequenceRun {
 
   // One panel of one block for rows [0, count) of the operands, a tile at a time.
   template <int kPanel, bool kChained>
-  void panel_tiles(int64_t count, GateOperands<M> in) const {
+  void panel_tiles(int64_t count, GateOperands<M> in, const char* next) const {
     constexpr int NV = Blocks::kWidth[kPanel];
     const auto tiles = RowTiles::of(count, NV);
     const int64_t row_words = in.parts[0].words + in.parts[1].words;
@@ -278,8 +278,12 @@ class SequenceRun {
     for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
       const int64_t row = tiles.begin(tile);
       GateOperands<M> own = in;
-      for (auto& part : own.parts) part.rows.first += row * part.rows.bytes_apart;
-      own.ahead += row_words * tile * own.ahead_step;
+      const char* ahead = next + row_words * tile * in.ahead_step;
+      for (auto& part : own.parts) {
+        part.rows.first += row * part.rows.bytes_apart;
+        part.ahead = ahead;
+        ahead += part.words * in.ahead_step;
+      }
       if (own.init) own.init += row * own.ld_init;
       own.gates += row * own.ld_gates;
       run_gate_tile<M, NV, kChained>(tiles.rows(tile), own);
@@ -313,12 +317,11 @@ class SequenceRun {
   void project_panel(int64_t block, int64_t count) {
     GateOperands<M> in{};
     in.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
-    in.ahead = next_panel<kPanel>(block, 0);
     in.init = layout.bias(packed, block) + Blocks::x_position(kPanel) * W;
     in.gates = projected_ + (block - block0_) * chunk() * rows.count * kRow +
                Blocks::x_position(kPanel) * W;
     in.ld_gates = kRow;
-    panel_tiles<kPanel, true>(count * rows.count, in);
+    panel_tiles<kPanel, true>(count * rows.count, in, next_panel<kPanel>(block, 0));
   }
 
   // The pre-activations of a block for the active rows. `gates` receives them.
@@ -329,8 +332,10 @@ class SequenceRun {
     in.gates = gates + kH * W;
     in.ld_gates = kRow;
     in.parts[1] = {hidden(side), layout.h_words, layout.h_panel(packed, block, kPanel)};
-    in.ahead = next_panel<kPanel>(block, hoisted_ ? layout.x_words : 0);
-    if (p.variant.layer_norm) return panel_tiles<kPanel, false>(active, in);
+    // The next panel's words of x are asked for by whichever product here is of x.
+    const bool of_h = hoisted_ || kX != kH;
+    const char* next = next_panel<kPanel>(block, of_h ? layout.x_words : 0);
+    if (p.variant.layer_norm) return panel_tiles<kPanel, false>(active, in, next);
     in.init = layout.bias(packed, block) + kH * W;
     if (kX == kH && hoisted_) {
       in.init = projected_ + ((block - block0_) * chunk() + index) * rows.count * kRow + kX * W;
@@ -338,7 +343,7 @@ class SequenceRun {
     } else if (kX == kH) {
       in.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
     }
-    panel_tiles<kPanel, false>(active, in);
+    panel_tiles<kPanel, false>(active, in, next);
     if constexpr (kX != kH) {
       Acc<T>* to = gates + kX * W;
       if (hoisted_) {
@@ -348,11 +353,10 @@ class SequenceRun {
       } else {
         GateOperands<M> x{};
         x.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
-        x.ahead = in.ahead;
         x.init = layout.bias(packed, block) + kX * W;
         x.gates = to;
         x.ld_gates = kRow;
-        panel_tiles<kPanel, false>(active, x);
+        panel_tiles<kPanel, false>(active, x, next_panel<kPanel>(block, 0));
       }
     }
   }

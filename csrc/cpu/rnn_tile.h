@@ -24,13 +24,14 @@ struct GateOperands {
     EvenRows rows;
     int64_t words;
     const Word* panel;
+    const char* ahead =
+        nullptr;  // what is wanted in L2 soon: a line of it per word of the reduction
   };
   Part parts[2];
   const Elem* init;  // [rows][ld_init]; ld_init 0 repeats one row; null: zeros
   int64_t ld_init;
   Elem* gates;  // [rows][ld_gates]
   int64_t ld_gates;
-  const char* ahead;  // what is wanted in L2 soon: a line of it per word of the reduction
   int64_t ahead_step;
 };
 
@@ -53,7 +54,7 @@ FMK_INLINE void accumulate(typename M::V& acc, typename M::V a, typename M::V b)
 // others are that far from it.
 template <class M, int MR, int NV, int kSums>
 FMK_INLINE void accumulate_even_rows(typename M::V (&acc)[kSums][MR][NV],
-                                     const typename GateOperands<M>::Part& part, const char*& ahead,
+                                     const typename GateOperands<M>::Part& part,
                                      int64_t ahead_step) {
   using V = typename M::V;
   using Word = typename M::Word;
@@ -64,7 +65,7 @@ FMK_INLINE void accumulate_even_rows(typename M::V (&acc)[kSums][MR][NV],
   FMK_FOR (g, kGroups) group[g] = part.rows.first + 4 * g * part.rows.bytes_apart;
   const int64_t one = part.rows.bytes_apart, three = 3 * one;
   const Word* b = part.panel;
-  const char* next = ahead;
+  const char* next = part.ahead;
   const auto step = [&](V(&set)[MR][NV], int64_t k) FMK_LAMBDA {
     V panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(M::load_words(b + k * kWidth + j * V::W));
@@ -96,7 +97,6 @@ FMK_INLINE void accumulate_even_rows(typename M::V (&acc)[kSums][MR][NV],
     step(acc[0], 0);
     advance(1);
   }
-  ahead = next;
 }
 
 // kChained: the sum over the words of a row is one chain, however many rows the tile has, so that a
@@ -106,9 +106,8 @@ FMK_NOINLINE void gate_tile(const GateOperands<M>& in) {
   using V = typename M::V;
   V acc[kChained ? 1 : kPartialSums<MR, NV>][MR][NV];
   clear_sums(acc);
-  const char* ahead = in.ahead;
   for (const auto& part : in.parts)
-    if (part.words) accumulate_even_rows<M>(acc, part, ahead, in.ahead_step);
+    if (part.words) accumulate_even_rows<M>(acc, part, in.ahead_step);
   add_sums(acc, in.init, in.ld_init);
   StoreAccumulators<V>{in.gates, in.ld_gates}.run(acc[0]);
 }

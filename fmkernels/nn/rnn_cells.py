@@ -38,9 +38,17 @@ class _Cell(Freezable, nn.RNNCellBase):
         adopt(layer, module)
         return layer
 
+    def _weights(self) -> list[Tensor | None]:
+        """Of the inputs, of the state, and their biases or None."""
+        own = self._parameters
+        if "weight_ih" in own and "weight_hh" in own and "bias_ih" in own and "bias_hh" in own:
+            # Without the detour by getattr, which takes longer than a look-up.
+            return [own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]]
+        return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+
     def _packing_sources(self) -> list[Tensor]:
-        sources = [self.weight_ih, self.weight_hh]
-        return [*sources, self.bias_ih, self.bias_hh] if self.bias else sources
+        weights = self._weights()
+        return weights if self.bias else weights[:2]
 
     def _compute_packing(self) -> list[Tensor | None]:
         sources = self._packing_sources()
@@ -50,10 +58,7 @@ class _Cell(Freezable, nn.RNNCellBase):
         return function(
             input,
             hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
+            *self._weights(),
             packed_weight=self._packed()[0],
             backend=self.backend,
         )
