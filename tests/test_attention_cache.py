@@ -261,3 +261,19 @@ def test_refuses(backend, change, name):
         arguments["value"] = torch.zeros(2, 2, 1, 16)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=name):
         FF.attention_with_kv_cache(**arguments | change)
+
+
+@pytest.mark.parametrize("pages", [None, 2])
+def test_a_length_given_as_an_int_is_checked_on_every_device(pages):
+    """No device has to be waited for: meta tensors, which have no values, stand for a GPU's."""
+    table = None if pages is None else torch.zeros(2, pages, dtype=torch.int32, device="meta")
+    query = torch.zeros(2, 4, 1, 16, device="meta")
+    cache = torch.zeros(2, 2, 8, 16, device="meta")
+    capacity = 8 * (pages or 1)
+    new = torch.zeros(2, 2, 3, 16, device="meta")
+    for added in ((), (new, new)):
+        most = capacity - (3 if added else 0)
+        arguments = (query, cache, cache, *added)
+        FF.attention_with_kv_cache(*arguments, cache_seqlens=most, page_table=table)
+        with pytest.raises(ValueError, match=f"cache_seqlens.* capacity of {capacity}"):
+            FF.attention_with_kv_cache(*arguments, cache_seqlens=most + 1, page_table=table)

@@ -79,22 +79,28 @@ def attention_with_kv_cache(
             With page_table: the pool of pages, ``(pages, Hkv, page size, D)``.
         value_cache: the same with Dv features.
         key: ``(B, Hkv, n, D)`` to append, or None; value: ``(B, Hkv, n, Dv)``.
-        cache_seqlens: keys in the cache before appending: an int, or int32 or int64 ``(B,)``.
+        cache_seqlens: keys in the cache before appending: an int, or int32 or int64 ``(B,)``. With
+            the new keys no more than the capacity: an int is checked on every device, a tensor on
+            the CPU alone, see below.
         page_table: int32 or int64 ``(B, pages per sequence)``: row j of sequence b is row
             ``j % page size`` of page ``page_table[b, j // page size]``. Entries past a sequence's
             end are not read.
         is_causal, scale, window, softcap, alibi_slopes ``(Hq,)`` or ``(B, Hq)``, sinks,
             return_lse, backend: as in ``scaled_dot_product_attention``.
 
-    On devices other than the CPU, and under torch.compile with the reference backend, lengths and
-    pages are not checked.
+    On devices other than the CPU, lengths in a tensor and pages are not checked: the call would
+    have to wait for the device. The Triton and CUDA C++ kernels stay inside the cache all the
+    same: they drop new keys past the capacity, attend to a full cache where a length exceeds it,
+    and to an empty one where it is negative. Where PyTorch's operators serve instead, nothing is
+    promised then. Nor are lengths in a tensor and pages checked under torch.compile with the
+    reference backend.
 
     Returns:
         output ``(B, Hq, Sq, Dv)``; with ``return_lse`` also lse ``(B, Hq, Sq)``.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is invalid (a length past the capacity, a
-            page that does not exist); the message names it.
+            page that does not exist, as far as they are checked); the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
     check.boolean("return_lse", return_lse)
@@ -113,16 +119,24 @@ def attention_with_kv_cache(
             expected = (batch, cache.size(1), key.size(2), cache.size(3))
             check.shape(name, operand, expected, "batch, the cache's heads, new keys, features")
         new = (key, value)
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        check.integer("cache_seqlens", cache_seqlens, 0)
-        cache_seqlens = torch.full((batch,), cache_seqlens, device=query.device)
-    _check_index("cache_seqlens", cache_seqlens, query)
-    check.shape("cache_seqlens", cache_seqlens, (batch,), "the batch")
     if page_table is not None:
         _check_index("page_table", page_table, query)
         check.rank("page_table", page_table, 2)
         expected = (batch, page_table.size(1))
         check.shape("page_table", page_table, expected, "batch, pages per sequence")
+    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        check.integer("cache_seqlens", cache_seqlens, 0)
+        capacity = key_cache.size(2) * (1 if page_table is None else page_table.size(1))
+        added = 0 if key is None else key.size(2)
+        if cache_seqlens + added > capacity:
+            raise ValueError(
+                f"cache_seqlens: {cache_seqlens} keys and {added} new ones exceed the cache's "
+                f"capacity of {capacity}"
+            )
+        cache_seqlens = torch.full((batch,), cache_seqlens, device=query.device)
+    _check_index("cache_seqlens", cache_seqlens, query)
+    check.shape("cache_seqlens", cache_seqlens, (batch,), "the batch")
+    if page_table is not None:
         page_table = page_table.to(torch.int32).contiguous()
     options = common.options_of(
         query,
