@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Generator, Iterator
+import types
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -93,7 +96,7 @@ def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
     """Interpreted kernels get their tensors in larger, poisoned buffers, and stay inside."""
     marked = request.node.get_closest_marker
     if support.INTERPRETING and marked("interpret") and not marked("unguarded"):
-        with guarded_kernels(), unchecked_integers():
+        with guarded_kernels(), unchecked_integers(), language_patched_once(), sums_in_pairs():
             yield
     else:
         yield
@@ -111,6 +114,57 @@ def unchecked_integers() -> Iterator[None]:
     interpreter_builder.options = dataclasses.replace(checked, sanitize_overflow=False)
     yield
     interpreter_builder.options = checked
+
+
+@contextlib.contextmanager
+def language_patched_once() -> Iterator[None]:
+    """Triton's interpreter puts its own functions into the language at a launch, as it should, and
+    looks for more of them at each call of a device function, which takes half of its time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(fn: Callable[..., object]) -> list[types.ModuleType]:
+        visible = fn.__globals__.values()
+        return [value for value in visible if value is language or value is language.core]
+
+    def patch_once(fn: Callable[..., object]) -> object:
+        # A launch restores the language when it ends: at the next one it is original again.
+        if any(language.core.is_builtin(one.load) for one in languages(fn)):
+            return patch(fn)
+        return None
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+
+
+@contextlib.contextmanager
+def sums_in_pairs() -> Iterator[None]:
+    """``tl.sum`` adds up as compiled kernels do: a few strands, and these in pairs.
+
+    Triton's interpreter adds the rows of a matrix one after another, which rounds far more often
+    than a multiprocessor, where each thread adds a few rows and a tree joins the threads.
+    """
+    import numpy
+    from triton.runtime.interpreter import ReduceOps
+
+    original = ReduceOps.sum
+
+    def summed(self: Any, operand: Any) -> Any:
+        if self.axis is None:
+            return original(self, operand)
+        # Along adjacent numbers numpy adds in eight strands of sixteen, and these in pairs.
+        data = numpy.ascontiguousarray(numpy.moveaxis(operand.handle.data, self.axis, -1))
+        total = data.sum(-1)
+        total = numpy.expand_dims(total, self.axis) if self.keep_dims else total
+        return self.to_tensor(total, operand.dtype)
+
+    ReduceOps.sum = summed
+    yield
+    ReduceOps.sum = original
 
 
 @pytest.fixture(scope="session")

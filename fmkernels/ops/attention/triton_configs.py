@@ -142,12 +142,12 @@ MASK: Table = {
     arch: {
         case(size, width, True): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
         for size, tiles in (
-            (2, (_SMALL, _SMALL, _TINY, widest)),
-            (4, (*_FULL_PRECISION[:3], widest)),
+            (2, (_SMALL, _SMALL, _TINY, _TINY if arch == "gfx942" else (16, 32, 8, 1))),
+            (4, (*_FULL_PRECISION[:3], _TINY if arch == "gfx942" else _WIDE)),
         )
         for width, tile in zip(_WIDTHS, tiles, strict=True)
     }
-    for arch, widest in (("sm_80", _WIDE), ("sm_90", _WIDE), ("sm_100", _WIDE), ("gfx942", _TINY))
+    for arch in _ARCHITECTURES
 } | {"interpret": _interpreted(64, 64)}
 
 # Rows are queries times the heads of a group; 16 is the least that a matrix instruction takes.
