@@ -73,10 +73,11 @@ class BackwardPass {
           scratch_bytes(Scratch::kCall, units * (key_sums_ + value_sums_) * sizeof(E)));
     const int64_t shards = min_of(threads, units);
     const OptionSums<E> sums = OptionSums<E>::of(backward_, shards);
-    parallel_for(pool, shards, [&](int64_t shard) {
+    WorkShares work(shards, units, sums.sharing());
+    parallel_for(pool, work.count(), [&](int64_t shard) {
       Buffers buffers = work_space(parts > 1);
       buffers.options = sums.of_shard(shard);
-      for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+      for (int64_t unit; work.take(shard, &unit);) {
         if (shared) {
           buffers.key_sums = shared + unit * (key_sums_ + value_sums_);
           buffers.value_sums = buffers.key_sums + key_sums_;

@@ -138,20 +138,26 @@ void run_forward(const AttentionForward& p, const Parallel& pool) {
   }
   // A unit of cost is a vector of queries times a key.
   const double flops = total * Vec<T>::W * 2.0 * static_cast<double>(q.head_dim + q.value_dim);
+  // Slices of equal cost.
+  constexpr int64_t kSlicesPerThread = 8;
   const int64_t shards = flops < kSerialFlops ? 1 : pool.threads;
-  parallel_for(pool, shards, [&](int64_t shard) {
-    const double begin = total * static_cast<double>(shard) / static_cast<double>(shards);
-    const double end = total * static_cast<double>(shard + 1) / static_cast<double>(shards);
+  const int64_t slices = shards == 1 ? 1 : shards * kSlicesPerThread;
+  WorkShares work(shards, slices);
+  parallel_for(pool, work.count(), [&](int64_t shard) {
     const Carver carver{static_cast<char*>(scratch_bytes(Scratch::kTile, bytes)), 0};
-    double done = 0;
-    for (int64_t n = 0; n < sequences && done < end; ++n) {
-      const AttentionForward sequence = sequence_of(p, n);
-      const ForwardPass<T> pass(sequence);
-      const double cost = pass.cost();
-      // The last shard ends at the last unit, whatever rounding says.
-      const double stop = shard + 1 == shards ? cost : end - done;
-      if (done + cost > begin) pass.run(begin - done, stop, carver);
-      done += cost;
+    for (int64_t first, last; work.take(shard, kSlicesPerThread, &first, &last);) {
+      const double begin = total * static_cast<double>(first) / static_cast<double>(slices);
+      const double end = total * static_cast<double>(last) / static_cast<double>(slices);
+      double done = 0;
+      for (int64_t n = 0; n < sequences && done < end; ++n) {
+        const AttentionForward sequence = sequence_of(p, n);
+        const ForwardPass<T> pass(sequence);
+        const double cost = pass.cost();
+        // The last slice ends at the last unit, whatever rounding says.
+        const double stop = last == slices ? cost : end - done;
+        if (done + cost > begin) pass.run(begin - done, stop, carver);
+        done += cost;
+      }
     }
   });
 }

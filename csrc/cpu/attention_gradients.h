@@ -200,6 +200,10 @@ struct OptionSums {
     return s;
   }
 
+  // How the units are shared out: what a thread adds up depends on which it computes.
+  WorkShares::Kind sharing() const {
+    return mask || slopes || sinks ? WorkShares::kFixed : WorkShares::kStealing;
+  }
   OptionGradients<E> of_shard(int64_t shard) const {
     Compensated* from = per_head + shard * (slopes + sinks);
     return {own_mask ? in_place

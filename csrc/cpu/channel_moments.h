@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "core/work_shares.h"
 #include "cpu/simd.h"
 
 namespace fmk::FMK_ISA {
@@ -30,6 +31,8 @@ struct ChannelMoments {
   double* shards;  // [shard][count, mean, squares][channels]; null: nothing is gathered
 
   bool wanted() const { return shards != nullptr; }
+  // How the units are shared out whose results are gathered: sums depend on who adds what.
+  WorkShares::Kind sharing() const { return wanted() ? WorkShares::kFixed : WorkShares::kStealing; }
   int64_t shard_size() const { return 3 * channels; }
   // Such that shard 0 is that one.
   ChannelMoments from_shard(int64_t shard) const {

@@ -36,9 +36,9 @@ struct Worker {
     const int64_t units = p.batch * units_per_image;
     const int64_t shards =
         p.batch * image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
-    parallel_for(pool, shards, [&](int64_t shard) {
-      for (int64_t u = units * shard / shards; u < units * (shard + 1) / shards; ++u)
-        body(u / units_per_image, u % units_per_image);
+    WorkShares work(shards, units);
+    parallel_for(pool, work.count(), [&](int64_t shard) {
+      for (int64_t u; work.take(shard, &u);) body(u / units_per_image, u % units_per_image);
     });
   }
 
@@ -203,11 +203,12 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   auto* output = static_cast<T*>(f.output);
   if (p.pool.kernel_h == 0 && p.channels_last) {
     const int64_t band = max_of<int64_t>(1, kBandElements / p.channels);
-    const int64_t bands = ceil_div(w.pixels, band), work = p.batch * bands;
+    const int64_t bands = ceil_div(w.pixels, band), units = p.batch * bands;
     const int64_t shards =
-        p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, work);
-    parallel_for(pool, shards, [&](int64_t shard) {
-      for (int64_t i = work * shard / shards; i < work * (shard + 1) / shards; ++i) {
+        p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
+    WorkShares work(shards, units);
+    parallel_for(pool, work.count(), [&](int64_t shard) {
+      for (int64_t i; work.take(shard, &i);) {
         const int64_t image = i / bands, begin = i % bands * band;
         apply_pixels(w, affine, input, residual, image, begin, min_of(w.pixels, begin + band),
                      output + image * w.image_size() + begin * p.channels);
@@ -229,12 +230,13 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   const int64_t band =
       max_of<int64_t>(1, kBandElements / max_of<int64_t>(1, q.stride_h * p.width * run));
   const int64_t bands = ceil_div(q.out_height, band);
-  const int64_t work = planes * bands;
+  const int64_t units = planes * bands;
   const int64_t shards =
-      p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, work);
+      p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
   const Parallel alone{};
-  parallel_for(pool, shards, [&](int64_t shard) {
-    for (int64_t i = work * shard / shards; i < work * (shard + 1) / shards; ++i) {
+  WorkShares work(shards, units);
+  parallel_for(pool, work.count(), [&](int64_t shard) {
+    for (int64_t i; work.take(shard, &i);) {
       const int64_t plane = i / bands, first = i % bands * band;
       const int64_t last = min_of(q.out_height, first + band);
       const int64_t top = first * q.stride_h - q.padding_h;

@@ -105,9 +105,14 @@ struct Correlator {
     shards = min_of(threads, blocks * panel_parts);
   }
 
-  void run_shard(int64_t shard) const {
-    const int64_t rows = p.batch * image_rows, units = blocks * panel_parts;
-    for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+  void run(const Parallel& pool) const {
+    WorkShares work(shards, blocks * panel_parts, p.moments.sharing());
+    parallel_for(pool, work.count(), [&](int64_t shard) { run_shard(shard, &work); });
+  }
+
+  void run_shard(int64_t shard, WorkShares* work) const {
+    const int64_t rows = p.batch * image_rows;
+    for (int64_t unit; work->take(shard, &unit);) {
       const int64_t block = unit / panel_parts, part = unit % panel_parts;
       const int64_t panels = groups * split.count;
       run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
@@ -492,19 +497,18 @@ template <class T, class D, bool kDepthwise>
 void run(const Correlation<T>& p, const Parallel& pool) {
   if (p.out_rows() == 1 && p.x.out_size >= 2 * kSegmentPixels && p.pool.kernel_h == 0) {
     const int64_t length = p.x.out_size, segments = length / kSegmentPixels;
-    const int64_t shards = min_of<int64_t>(pool.threads, segments);
     const Parallel alone{};
-    parallel_for(pool, shards, [&](int64_t shard) {
-      for (int64_t i = segments * shard / shards; i < segments * (shard + 1) / shards; ++i) {
+    WorkShares work(min_of<int64_t>(pool.threads, segments), segments, p.moments.sharing());
+    parallel_for(pool, work.count(), [&](int64_t shard) {
+      for (int64_t i; work.take(shard, &i);) {
         auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
         part.moments = p.moments.from_shard(shard);
-        Correlator<T, D, kDepthwise>(part, alone).run_shard(0);
+        Correlator<T, D, kDepthwise>(part, alone).run(alone);
       }
     });
     return;
   }
-  const Correlator<T, D, kDepthwise> correlator(p, pool);
-  parallel_for(pool, correlator.shards, [&](int64_t shard) { correlator.run_shard(shard); });
+  Correlator<T, D, kDepthwise>(p, pool).run(pool);
 }
 
 }  // namespace

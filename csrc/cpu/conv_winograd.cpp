@@ -475,10 +475,11 @@ void correlate_winograd(const Correlation<T>& p, const Parallel& pool) {
   // instead.
   const int64_t parts =
       plan.blocks >= pool.threads ? 1 : min_of<int64_t>(pool.threads, split.count);
-  const int64_t units = plan.blocks * parts, shards = min_of<int64_t>(pool.threads, units);
-  parallel_for(pool, shards, [&](int64_t shard) {
+  const int64_t units = plan.blocks * parts;
+  WorkShares work(min_of<int64_t>(pool.threads, units), units, p.moments.sharing());
+  parallel_for(pool, work.count(), [&](int64_t shard) {
     BlockRunner<T> runner(p, plan);
-    for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
+    for (int64_t unit; work.take(shard, &unit);) {
       const int64_t block = unit / parts, part = unit % parts;
       const int64_t first = block * plan.pieces_per_block;
       runner.run(shard, first, min_of(plan.piece_count, first + plan.pieces_per_block),

@@ -9,6 +9,7 @@
 // panel (pack.h), read once, in order, through the whole batch.
 #pragma once
 
+#include "core/work_shares.h"
 #include "cpu/gemm_few_rows.h"
 
 namespace fmk::FMK_ISA {
@@ -411,14 +412,16 @@ FMK_INLINE void gemm(const GemmProblem<T>& p, const Parallel& pool) {
   const int64_t threads = serial ? 1 : pool.threads;
   if (has_few_rows(p)) return few_rows_gemm(p, threads, pool);
   const GemmUnits units = GemmUnits::of(p, threads);
-  const int64_t shards = min_of(threads, units.count());
-  parallel_for(pool, shards, [&](int64_t shard) {
-    const int64_t end = units.count() * (shard + 1) / shards;
-    for (int64_t unit = units.count() * shard / shards, group; unit < end; unit += group) {
-      const int64_t block = unit / units.panels, panel = unit % units.panels;
-      const int64_t row0 = units.first_row(block), rows = units.first_row(block + 1) - row0;
-      group = min_of(group_size(p, rows), min_of(end - unit, units.panels - panel));
-      gemm_block(p, panel, group, row0, rows);
+  const int64_t most = group_size(p, ceil_div(p.m, units.row_blocks));
+  WorkShares work(min_of(threads, units.count()), units.count());
+  parallel_for(pool, work.count(), [&](int64_t shard) {
+    for (int64_t unit, end; work.take(shard, most, &unit, &end);) {
+      for (int64_t group; unit < end; unit += group) {
+        const int64_t block = unit / units.panels, panel = unit % units.panels;
+        const int64_t row0 = units.first_row(block), rows = units.first_row(block + 1) - row0;
+        group = min_of(end - unit, units.panels - panel);
+        gemm_block(p, panel, group, row0, rows);
+      }
     }
   });
 }
