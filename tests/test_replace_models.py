@@ -42,6 +42,61 @@ class UNet(nn.Module):
         return self.head(self.merge(torch.cat((fine, self.up(coarse)), 1)))
 
 
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = channels // 4
+        self.scale = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, squeezed, 1),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, channels, 1),
+            nn.Hardsigmoid(),
+        )
+
+    def forward(self, x):
+        return x * self.scale(x)
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, channels, expanded, out_channels, kernel, stride, squeezes, activation):
+        super().__init__()
+        self.adds = stride == 1 and channels == out_channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, expanded, 1, bias=False),
+            nn.BatchNorm2d(expanded, eps=1e-3, momentum=0.01),
+            activation(inplace=True),
+            nn.Conv2d(
+                expanded, expanded, kernel, stride, kernel // 2, groups=expanded, bias=False
+            ),
+            nn.BatchNorm2d(expanded, eps=1e-3, momentum=0.01),
+            activation(inplace=True),
+            SqueezeExcitation(expanded) if squeezes else nn.Identity(),
+            nn.Conv2d(expanded, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01),
+        )
+
+    def forward(self, x):
+        return x + self.layers(x) if self.adds else self.layers(x)
+
+
+class MobileNetV3(nn.Sequential):
+    """Howard et al. 2019, arXiv:1905.02244, with a block of each kind."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(8, eps=1e-3, momentum=0.01),
+            nn.Hardswish(inplace=True),
+            InvertedResidual(8, 16, 8, 3, 1, squeezes=True, activation=nn.ReLU),
+            InvertedResidual(8, 24, 12, 5, 2, squeezes=False, activation=nn.Hardswish),
+            InvertedResidual(12, 32, 12, 5, 1, squeezes=True, activation=nn.Hardswish),
+            nn.Conv2d(12, 32, 1, bias=False),
+            nn.BatchNorm2d(32, eps=1e-3, momentum=0.01),
+            nn.Hardswish(inplace=True),
+        )
+
+
 def resnet():
     config = transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
@@ -52,6 +107,10 @@ def resnet():
 def mobilenet_v2():
     config = transformers.MobileNetV2Config(image_size=64, depth_multiplier=0.35)
     return transformers.MobileNetV2Model(config), torch.randn(2, 3, 64, 64)
+
+
+def mobilenet_v3():
+    return MobileNetV3(), torch.randn(4, 3, 48, 48)
 
 
 def convnext():
@@ -82,7 +141,7 @@ def unet():
     return UNet(), torch.randn(2, 3, 16, 20)
 
 
-MODELS = {f.__name__: f for f in (resnet, mobilenet_v2, convnext, wav2vec2, unet)}
+MODELS = {f.__name__: f for f in (resnet, mobilenet_v2, mobilenet_v3, convnext, wav2vec2, unet)}
 
 
 def first_tensor(output):
