@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "core/work_shares.h"
 #include "cpu/simd.h"
+#include "cpu/work_shares.h"
 
 namespace fmk::FMK_ISA {
 

@@ -9,8 +9,8 @@
 // panel (pack.h), read once, in order, through the whole batch.
 #pragma once
 
-#include "core/work_shares.h"
 #include "cpu/gemm_few_rows.h"
+#include "cpu/work_shares.h"
 
 namespace fmk::FMK_ISA {
 

@@ -2,10 +2,9 @@
 // same core, slows one of them for as long as a kernel runs, and equal shares wait for the slowest.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
-namespace fmk {
+namespace fmk::FMK_ISA {
 
 // A thread takes runs of its own share, in order; when that is used up, from the end of the share
 // with most left (Blumofe and Leiserson, "Scheduling Multithreaded Computations by Work Stealing",
@@ -19,8 +18,7 @@ class WorkShares {
   WorkShares(int64_t shares, int64_t units, Kind kind = kStealing)
       : count_(shares < kMaxShares ? shares : kMaxShares), kind_(kind) {
     for (int64_t i = 0; i < count_; ++i)
-      shares_[i].range.store(Range::of(units * i / count_, units * (i + 1) / count_).bits,
-                             std::memory_order_relaxed);
+      shares_[i].range = Range::of(units * i / count_, units * (i + 1) / count_).bits;
   }
   WorkShares(const WorkShares&) = delete;
 
@@ -58,10 +56,12 @@ class WorkShares {
     int64_t left() const { return end() - begin(); }
   };
   struct alignas(64) Share {  // a cache line of its own
-    std::atomic<uint64_t> range;
+    uint64_t range;
   };
 
-  Range load(int64_t share) const { return {shares_[share].range.load(std::memory_order_relaxed)}; }
+  Range load(int64_t share) const {
+    return {__atomic_load_n(&shares_[share].range, __ATOMIC_RELAXED)};
+  }
 
   // Results reach the caller through the pool's own synchronisation, so relaxed order is enough.
   bool take_from(int64_t share, int64_t most, bool front, int64_t* begin, int64_t* end) {
@@ -74,8 +74,8 @@ class WorkShares {
       *begin = front ? range.begin() : range.end() - size;
       *end = *begin + size;
       const Range rest = front ? Range::of(*end, range.end()) : Range::of(range.begin(), *begin);
-      if (shares_[share].range.compare_exchange_weak(range.bits, rest.bits,
-                                                     std::memory_order_relaxed))
+      if (__atomic_compare_exchange_n(&shares_[share].range, &range.bits, rest.bits, true,
+                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED))
         return true;
     }
     return false;
@@ -86,4 +86,4 @@ class WorkShares {
   Share shares_[kMaxShares];
 };
 
-}  // namespace fmk
+}  // namespace fmk::FMK_ISA
