@@ -137,7 +137,7 @@ class Problem:
             masks = [self.masks[0], *self.masks[1:]]
             if masks[0] is not None:
                 masks[0] = masks[0].to(input.dtype)
-            results = autograd._lstm_layer(
+            results = autograd.lstm_layer(
                 backend,
                 input,
                 h0,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fmkernels import functional as F
+from fmkernels import nn
 
 
 def _spin(stop):
@@ -68,6 +69,20 @@ def _attention_gradients(**options):
     return run
 
 
+def _block(layout, norm, **options):
+    """A ConvBlock and all its gradients: sums over pixels and images."""
+    block = nn.ConvBlock2d(16, 48, 3, padding=1, norm=norm, activation="relu", **options)
+    x = torch.randn(3, 16, 40, 40).contiguous(memory_format=layout).requires_grad_()
+    tensors = [x, *block.parameters()]
+
+    def run():
+        out = block(x)
+        gradients = torch.autograd.grad(out.square().sum(), tensors)
+        return torch.cat([t.flatten() for t in (out, *gradients)])
+
+    return run
+
+
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 CASES = {
     "linear": lambda: _linear(300, 400),
@@ -79,6 +94,10 @@ CASES = {
     "conv 3x3 stride 2": lambda: _conv(48, 33, 3, 2, NHWC),
     "conv depthwise": lambda: _conv(48, 65, 3, 1, NHWC, groups=48),
     "conv one long row": _conv1d,
+    "batch norm NCHW": lambda: _block(NCHW, "batch"),
+    "batch norm NHWC": lambda: _block(NHWC, "batch"),
+    "batch norm, pool": lambda: _block(NHWC, "batch", pool=("max", 2)),
+    "group norm, pool": lambda: _block(NCHW, ("group", 4), pool=("avg", 2)),
     "attention": lambda: _attention(),
     "attention, causal": lambda: _attention(is_causal=True),
     "attention gradients": lambda: _attention_gradients(),

@@ -31,15 +31,17 @@ struct Worker {
   int64_t image_size() const { return p.channels * pixels; }
   int64_t first_channel(int64_t unit) const { return p.channels_last ? unit * V::W : unit; }
 
+  // body(i) for `count` parts of all images, whose results do not depend on each other.
+  template <class Body>
+  void for_parts(const Parallel& pool, int64_t count, const Body& body) const {
+    const int64_t shards =
+        p.batch * image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, count);
+    share_out(pool, shards, count, WorkShares::kStealing, [&](int64_t, int64_t i) { body(i); });
+  }
   template <class Body>
   void for_units(const Parallel& pool, const Body& body) const {
-    const int64_t units = p.batch * units_per_image;
-    const int64_t shards =
-        p.batch * image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
-    WorkShares work(shards, units);
-    parallel_for(pool, work.count(), [&](int64_t shard) {
-      for (int64_t u; work.take(shard, &u);) body(u / units_per_image, u % units_per_image);
-    });
+    for_parts(pool, p.batch * units_per_image,
+              [&](int64_t u) { body(u / units_per_image, u % units_per_image); });
   }
 
   // body(offset in the image, lanes) for pixels [begin, end) of a unit.
@@ -203,16 +205,11 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   auto* output = static_cast<T*>(f.output);
   if (p.pool.kernel_h == 0 && p.channels_last) {
     const int64_t band = max_of<int64_t>(1, kBandElements / p.channels);
-    const int64_t bands = ceil_div(w.pixels, band), units = p.batch * bands;
-    const int64_t shards =
-        p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
-    WorkShares work(shards, units);
-    parallel_for(pool, work.count(), [&](int64_t shard) {
-      for (int64_t i; work.take(shard, &i);) {
-        const int64_t image = i / bands, begin = i % bands * band;
-        apply_pixels(w, affine, input, residual, image, begin, min_of(w.pixels, begin + band),
-                     output + image * w.image_size() + begin * p.channels);
-      }
+    const int64_t bands = ceil_div(w.pixels, band);
+    w.for_parts(pool, p.batch * bands, [&](int64_t i) {
+      const int64_t image = i / bands, begin = i % bands * band;
+      apply_pixels(w, affine, input, residual, image, begin, min_of(w.pixels, begin + band),
+                   output + image * w.image_size() + begin * p.channels);
     });
     return;
   }
@@ -230,39 +227,33 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   const int64_t band =
       max_of<int64_t>(1, kBandElements / max_of<int64_t>(1, q.stride_h * p.width * run));
   const int64_t bands = ceil_div(q.out_height, band);
-  const int64_t units = planes * bands;
-  const int64_t shards =
-      p.batch * w.image_size() < kSerialElements ? 1 : min_of<int64_t>(pool.threads, units);
   const Parallel alone{};
-  WorkShares work(shards, units);
-  parallel_for(pool, work.count(), [&](int64_t shard) {
-    for (int64_t i; work.take(shard, &i);) {
-      const int64_t plane = i / bands, first = i % bands * band;
-      const int64_t last = min_of(q.out_height, first + band);
-      const int64_t top = first * q.stride_h - q.padding_h;
-      const int64_t y0 = max_of<int64_t>(0, top);
-      const int64_t y1 =
-          max_of(y0, min_of(p.height, (last - 1) * q.stride_h - q.padding_h + q.kernel_h));
-      const int64_t rows = y1 - y0;
-      auto* values = static_cast<T*>(scratch_bytes(
-          Scratch::kExtra, static_cast<size_t>(rows * p.width * run + Vec<T>::W) * sizeof(T)));
-      const int64_t image = p.channels_last ? plane : plane / p.channels;
-      if (p.channels_last) {
-        apply_pixels(w, affine, input, residual, image, y0 * p.width, y1 * p.width, values);
-      } else {
-        const int64_t channel = plane % p.channels;
-        apply(w, affine, input, residual, image, channel, y0 * p.width, y1 * p.width,
-              values - channel * rows * p.width, rows * p.width);
-      }
-      Pooling m{p.dtype, p.channels_last, 1, run, rows, p.width, q};
-      m.pool.padding_h = y0 - top;
-      m.pool.out_height = last - first;
-      const int64_t at = (plane * q.out_height + first) * q.out_width * run;
-      if (q.kind == PoolKind::kAverage)
-        avg_pool_forward(m, values, output + at, alone);
-      else
-        max_pool_forward(m, values, output + at, f.argmax ? f.argmax + at : nullptr, alone);
+  w.for_parts(pool, planes * bands, [&](int64_t i) {
+    const int64_t plane = i / bands, first = i % bands * band;
+    const int64_t last = min_of(q.out_height, first + band);
+    const int64_t top = first * q.stride_h - q.padding_h;
+    const int64_t y0 = max_of<int64_t>(0, top);
+    const int64_t y1 =
+        max_of(y0, min_of(p.height, (last - 1) * q.stride_h - q.padding_h + q.kernel_h));
+    const int64_t rows = y1 - y0;
+    auto* values = static_cast<T*>(scratch_bytes(
+        Scratch::kExtra, static_cast<size_t>(rows * p.width * run + Vec<T>::W) * sizeof(T)));
+    const int64_t image = p.channels_last ? plane : plane / p.channels;
+    if (p.channels_last) {
+      apply_pixels(w, affine, input, residual, image, y0 * p.width, y1 * p.width, values);
+    } else {
+      const int64_t channel = plane % p.channels;
+      apply(w, affine, input, residual, image, channel, y0 * p.width, y1 * p.width,
+            values - channel * rows * p.width, rows * p.width);
     }
+    Pooling m{p.dtype, p.channels_last, 1, run, rows, p.width, q};
+    m.pool.padding_h = y0 - top;
+    m.pool.out_height = last - first;
+    const int64_t at = (plane * q.out_height + first) * q.out_width * run;
+    if (q.kind == PoolKind::kAverage)
+      avg_pool_forward(m, values, output + at, alone);
+    else
+      max_pool_forward(m, values, output + at, f.argmax ? f.argmax + at : nullptr, alone);
   });
 }
 

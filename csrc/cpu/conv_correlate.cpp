@@ -498,14 +498,12 @@ void run(const Correlation<T>& p, const Parallel& pool) {
   if (p.out_rows() == 1 && p.x.out_size >= 2 * kSegmentPixels && p.pool.kernel_h == 0) {
     const int64_t length = p.x.out_size, segments = length / kSegmentPixels;
     const Parallel alone{};
-    WorkShares work(min_of<int64_t>(pool.threads, segments), segments, p.moments.sharing());
-    parallel_for(pool, work.count(), [&](int64_t shard) {
-      for (int64_t i; work.take(shard, &i);) {
-        auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
-        part.moments = p.moments.from_shard(shard);
-        Correlator<T, D, kDepthwise>(part, alone).run(alone);
-      }
-    });
+    share_out(pool, min_of<int64_t>(pool.threads, segments), segments, p.moments.sharing(),
+              [&](int64_t shard, int64_t i) {
+                auto part = segment_of(p, length * i / segments, length * (i + 1) / segments);
+                part.moments = p.moments.from_shard(shard);
+                Correlator<T, D, kDepthwise>(part, alone).run(alone);
+              });
     return;
   }
   Correlator<T, D, kDepthwise>(p, pool).run(pool);

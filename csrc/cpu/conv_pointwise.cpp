@@ -108,9 +108,8 @@ void correlate_pointwise(const Pointwise<T>& p, const Parallel& pool) {
   const double flops = 2.0 * static_cast<double>(p.batch * p.pixels) *
                        static_cast<double>(p.channels * p.out_channels);
   const int64_t shards = flops < kSerialFlops ? 1 : min_of<int64_t>(pool.threads, units);
-  WorkShares work(shards, units, p.moments.sharing());
-  parallel_for(pool, work.count(), [&](int64_t shard) {
-    for (int64_t unit; work.take(shard, &unit);) run_panel(p, shard, unit / panels, unit % panels);
+  share_out(pool, shards, units, p.moments.sharing(), [&](int64_t shard, int64_t unit) {
+    run_panel(p, shard, unit / panels, unit % panels);
   });
 }
 

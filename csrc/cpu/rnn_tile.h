@@ -24,8 +24,8 @@ struct GateOperands {
     EvenRows rows;
     int64_t words;
     const Word* panel;
-    const char* ahead =
-        nullptr;  // what is wanted in L2 soon: a line of it per word of the reduction
+    // What is wanted in L2 soon: a line of it per word of the reduction. Null: nothing.
+    const char* ahead = nullptr;
   };
   Part parts[2];
   const Elem* init;  // [rows][ld_init]; ld_init 0 repeats one row; null: zeros

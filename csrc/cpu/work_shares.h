@@ -2,7 +2,8 @@
 // same core, slows one of them for as long as a kernel runs, and equal shares wait for the slowest.
 #pragma once
 
-#include <cstdint>
+#include "core/parallel.h"
+#include "cpu/simd.h"
 
 namespace fmk::FMK_ISA {
 
@@ -85,5 +86,15 @@ class WorkShares {
   Kind kind_;
   Share shares_[kMaxShares];
 };
+
+// body(shard, unit) for all units, each a run of its own.
+template <class Body>
+FMK_INLINE void share_out(const Parallel& pool, int64_t shards, int64_t units,
+                          WorkShares::Kind kind, const Body& body) {
+  WorkShares work(shards, units, kind);
+  parallel_for(pool, work.count(), [&](int64_t shard) {
+    for (int64_t unit; work.take(shard, &unit);) body(shard, unit);
+  });
+}
 
 }  // namespace fmk::FMK_ISA

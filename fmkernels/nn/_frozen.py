@@ -118,6 +118,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     )
 
 
+def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
+    """By name; plain ones without the detour by getattr, which takes longer than a look-up."""
+    plain = module._parameters
+    return [plain[name] if name in plain else getattr(module, name) for name in names]
+
+
 def adopt(layer: nn.Module, module: nn.Module) -> None:
     """Make ``layer`` hold ``module``'s very Parameters and buffers, and its training flag.
 

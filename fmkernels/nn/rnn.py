@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fmkernels._dispatch import check_backend_name
 from fmkernels.functional.rnn import gru, lstm, lstm_options, rnn
 from fmkernels.nn._dynamo import trace_layers
-from fmkernels.nn._frozen import Freezable, adopt
+from fmkernels.nn._frozen import Freezable, adopt, parameters_of
 from fmkernels.ops.rnn.autograd import pack_weights
 
 
@@ -84,9 +84,8 @@ class _Sequence(Freezable, nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         # By name and not from the base class's list, which parametrizations and
-        # torch.func.functional_call leave stale. Plain parameters without the detour by getattr.
-        parameters, names = self._parameters, self._weight_names()
-        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        # torch.func.functional_call leave stale.
+        return parameters_of(self, self._weight_names())
 
     def _packing_sources(self) -> list[Tensor]:
         return self._weights()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmkernels._dispatch import check_backend_name
 from fmkernels.functional.rnn_cells import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
-from fmkernels.nn._frozen import Freezable, adopt
+from fmkernels.nn._frozen import Freezable, adopt, parameters_of
 from fmkernels.ops.rnn.autograd import pack_weights
 
 
@@ -40,11 +40,7 @@ class _Cell(Freezable, nn.RNNCellBase):
 
     def _weights(self) -> list[Tensor | None]:
         """Of the inputs, of the state, and their biases or None."""
-        own = self._parameters
-        if "weight_ih" in own and "weight_hh" in own and "bias_ih" in own and "bias_hh" in own:
-            # Without the detour by getattr, which takes longer than a look-up.
-            return [own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]]
-        return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+        return parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
 
     def _packing_sources(self) -> list[Tensor]:
         weights = self._weights()

@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fmkernels._dispatch import (
-    Backend,
-    autocast_enabled,
-    select,
-)
+from fmkernels._dispatch import Backend, autocast_enabled, select
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
 from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
@@ -31,9 +27,10 @@ from fmkernels.ops.rnn.schema import (
 # What the kinds of layer other than the LSTM hand to their ops besides tensors: nothing for the
 # GRU, the nonlinearity for the RNN.
 Extra = tuple[Any, ...]
+NO_MASKS = (None,) * 4
 
 
-class LSTMLayer(torch.autograd.Function):
+class _LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, c0, packed_weight, masks, options, batch_first, return_cells, backend,
@@ -77,7 +74,7 @@ class LSTMLayer(torch.autograd.Function):
         )
 
 
-class GRULayer(torch.autograd.Function):
+class _GRULayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, packed_weight, lengths, extra, has_biases, batch_first, backend, *weights
@@ -103,7 +100,7 @@ class GRULayer(torch.autograd.Function):
         )  # fmt: skip
 
 
-class RNNLayer(torch.autograd.Function):
+class _RNNLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, h0, packed_weight, lengths, extra, has_biases, batch_first, backend, *weights
@@ -164,7 +161,7 @@ def _rows_contiguous(input: Tensor) -> Tensor:
     return input if input.stride(-1) == 1 else input.contiguous()
 
 
-def _lstm_layer(
+def lstm_layer(
     name: str,
     input: Tensor,
     h0: Tensor,
@@ -180,7 +177,7 @@ def _lstm_layer(
     input, h0, c0 = _rows_contiguous(input), h0.contiguous(), c0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, c0, *weights):
-        return LSTMLayer.apply(
+        return _LSTMLayer.apply(
             input, h0, c0, packed_weight, masks, options, batch_first, return_cells, name, *weights
         )
     return LSTM[name].forward(
@@ -194,7 +191,7 @@ def _gru_layer(
     input, h0 = _rows_contiguous(input), h0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, *weights):
-        return GRULayer.apply(
+        return _GRULayer.apply(
             input, h0, packed_weight, lengths, extra, has_biases, batch_first, name, *weights
         )
     return GRU[name].forward(
@@ -208,7 +205,7 @@ def _rnn_layer(
     input, h0 = _rows_contiguous(input), h0.contiguous()
     weights = [weight.contiguous() for weight in weights]
     if needs_graph(input, h0, *weights):
-        return RNNLayer.apply(
+        return _RNNLayer.apply(
             input, h0, packed_weight, lengths, extra, has_biases, batch_first, name, *weights
         )
     return RNN[name].forward(
@@ -217,7 +214,7 @@ def _rnn_layer(
 
 
 # kind: its backends, and what runs one layer of it
-_SIMPLE: dict[str, tuple[dict[str, Backend], Callable[..., tuple[Tensor, Tensor]]]] = {
+SIMPLE: dict[str, tuple[dict[str, Backend], Callable[..., tuple[Tensor, Tensor]]]] = {
     "gru": (GRU, _gru_layer),
     "rnn": (RNN, _rnn_layer),
 }
@@ -305,7 +302,7 @@ def lstm(
                         *_masks(first_h, first_c, steps, recurrent_dropout, options.zoneout),
                     )
             last = index + 1 == len(layers)
-            input, h_n, c_n, cell_states = _lstm_layer(
+            input, h_n, c_n, cell_states = lstm_layer(
                 name, input, first_h, first_c, weights, packed_weights[index], masks, options,
                 batch_first, return_cells and last,
             )  # fmt: skip
@@ -353,7 +350,7 @@ def simple(
     Returns:
         output, h_n.
     """
-    backends, run_layer = _SIMPLE[kind]
+    backends, run_layer = SIMPLE[kind]
     device_type = input.device.type
     if kind == "gru" and autocast_enabled(device_type):
         # torch's GRU keeps its state, and so its results, in the widest dtype that it meets.
@@ -408,7 +405,7 @@ def pack_weights(
         )
     else:
         flags = (has_biases,)
-        _, implementation = select(kind, _SIMPLE[kind][0], backend, weights[0])
+        _, implementation = select(kind, SIMPLE[kind][0], backend, weights[0])
     if implementation.pack is None:
         return None
     with torch.no_grad():
@@ -422,9 +419,6 @@ def _widest(state: Tensor, *others: Tensor) -> tuple[torch.dtype, torch.dtype]:
     for tensor in others:
         computed = torch.promote_types(computed, tensor.dtype)
     return returned, computed
-
-
-_NO_MASKS = (None,) * 4
 
 
 def lstm_cell(
@@ -452,8 +446,8 @@ def lstm_cell(
     name, _ = select("lstm_cell", LSTM, backend, input, (), options)
     lead, drop = _time(name)
     with autocast_off(device_type):
-        _, h_n, c_n, _ = _lstm_layer(
-            name, lead(input), lead(h), distinct(lead(c), h), weights, packed_weight, _NO_MASKS,
+        _, h_n, c_n, _ = lstm_layer(
+            name, lead(input), lead(h), distinct(lead(c), h), weights, packed_weight, NO_MASKS,
             options, False, False,
         )  # fmt: skip
     return drop(h_n).to(state_dtype), drop(c_n).to(state_dtype)
@@ -477,7 +471,7 @@ def simple_cell(
     backend: str | None,
 ) -> Tensor:
     """One step of a layer with one state; ``kind`` and dtypes as in the functions above."""
-    backends, run_layer = _SIMPLE[kind]
+    backends, run_layer = SIMPLE[kind]
     device_type = input.device.type
     state_dtype = h.dtype
     if autocast_enabled(device_type):

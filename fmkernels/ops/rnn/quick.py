@@ -8,18 +8,16 @@ and names the argument, so nothing is lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fmkernels._dispatch import Backend, current_backend, record_decision
-from fmkernels.ops._autograd import needs_graph
-from fmkernels.ops.rnn.autograd import Extra, GRULayer, LSTMLayer, RNNLayer
-from fmkernels.ops.rnn.backends import GRU, LSTM, RNN
+from fmkernels.ops.rnn.autograd import NO_MASKS, SIMPLE, Extra, lstm_layer
+from fmkernels.ops.rnn.backends import LSTM
 from fmkernels.ops.rnn.schema import PLAIN_LSTM, LSTMOptions
 
-_NO_MASKS = (None,) * 4
 _UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
 # What unchecked operands can raise.
 _CLOSER_LOOK = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -46,35 +44,6 @@ def _is_ordinary(
     return True
 
 
-def _run_lstm(input, h0, c0, weights, packed_weight, options, batch_first, return_cells):
-    """One layer; output, h_n, c_n and cell states."""
-    if needs_graph(input, h0, c0, *weights):
-        return LSTMLayer.apply(
-            input, h0, c0, packed_weight, _NO_MASKS, options, batch_first, return_cells, "cpu",
-            *weights,
-        )  # fmt: skip
-    return LSTM["cpu"].forward(
-        input, h0, c0, weights, packed_weight, *_NO_MASKS, *options, batch_first, return_cells,
-        False,
-    )[:4]  # fmt: skip
-
-
-def _run_simple(kind, input, h0, weights, packed_weight, extra: Extra, has_biases, batch_first):
-    """One layer of kind "gru" or "rnn"; output and h_n."""
-    if needs_graph(input, h0, *weights):
-        layer = GRULayer if kind == "gru" else RNNLayer
-        return layer.apply(
-            input, h0, packed_weight, None, extra, has_biases, batch_first, "cpu", *weights
-        )
-    if kind == "gru":
-        return GRU["cpu"].forward(
-            input, h0, weights, packed_weight, None, has_biases, batch_first, False
-        )[:2]
-    return RNN["cpu"].forward(
-        input, h0, weights, packed_weight, None, *extra, has_biases, batch_first
-    )
-
-
 def _layers_of(
     weights: Sequence[Tensor], packed_weights: Sequence[Tensor | None] | None, num_layers: int
 ) -> list[tuple[list[Tensor], Tensor | None]] | None:
@@ -90,6 +59,27 @@ def _layers_of(
         (list(weights[i * count : (i + 1) * count]), packed)
         for i, packed in enumerate(packed_weights)
     ]
+
+
+def _run_stack(
+    input: Tensor,
+    states: Sequence[Tensor],
+    layers: list[tuple[list[Tensor], Tensor | None]],
+    directions: int,
+    run_layer: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """``run_layer(is_last, input, states, weights, packed_weight)`` of one layer after the other:
+    what the last one returns, with the final states of all."""
+    if len(layers) == 1:
+        return run_layer(True, input, states, *layers[0])
+    finals: list[list[Tensor]] = [[] for _ in states]
+    for index, (weights, packed) in enumerate(layers):
+        at = slice(index * directions, (index + 1) * directions)
+        is_last = index + 1 == len(layers)
+        input, *rest = run_layer(is_last, input, [s[at] for s in states], weights, packed)
+        for parts, final in zip(finals, rest, strict=False):
+            parts.append(final)
+    return (input, *(torch.cat(parts) for parts in finals), *rest[len(states) :])
 
 
 def lstm(
@@ -120,22 +110,17 @@ def lstm(
         layers = _layers_of(weights, packed_weights, num_layers)
         if layers is None or not _is_ordinary("lstm", LSTM, backend, input, h0, c0, *weights):
             return None
-        if num_layers == 1:
-            results = _run_lstm(input, h0, c0, *layers[0], options, batch_first, return_cells)
-            return results if return_cells else results[:3]
-        hiddens, cells = [], []
-        for index, (own, packed) in enumerate(layers):
-            at = slice(index * directions, (index + 1) * directions)
-            wants_cells = return_cells and index + 1 == num_layers
-            input, h_n, c_n, cell_states = _run_lstm(
-                input, h0[at], c0[at], own, packed, options, batch_first, wants_cells
-            )
-            hiddens.append(h_n)
-            cells.append(c_n)
+
+        def run_layer(is_last, input, states, own, packed):
+            return lstm_layer(
+                "cpu", input, *states, own, packed, NO_MASKS, options, batch_first,
+                return_cells and is_last,
+            )  # fmt: skip
+
+        results = _run_stack(input, (h0, c0), layers, directions, run_layer)
     except _CLOSER_LOOK:
         return None
-    results = input, torch.cat(hiddens), torch.cat(cells)
-    return (*results, cell_states) if return_cells else results
+    return results if return_cells else results[:3]
 
 
 def simple(
@@ -161,21 +146,18 @@ def simple(
         elif h0.size(0) != stacked:
             return None
         layers = _layers_of(weights, packed_weights, num_layers)
-        backends = GRU if kind == "gru" else RNN
+        backends, run_kind = SIMPLE[kind]
         if layers is None or not _is_ordinary(kind, backends, backend, input, h0, *weights):
             return None
-        if num_layers == 1:
-            return _run_simple(kind, input, h0, *layers[0], extra, has_biases, batch_first)
-        hiddens = []
-        for index, (own, packed) in enumerate(layers):
-            at = slice(index * directions, (index + 1) * directions)
-            input, h_n = _run_simple(
-                kind, input, h0[at], own, packed, extra, has_biases, batch_first
+
+        def run_layer(_, input, states, own, packed):
+            return run_kind(
+                "cpu", input, *states, own, packed, None, extra, has_biases, batch_first
             )
-            hiddens.append(h_n)
+
+        return _run_stack(input, (h0,), layers, directions, run_layer)
     except _CLOSER_LOOK:
         return None
-    return input, torch.cat(hiddens)
 
 
 def lstm_cell(
@@ -198,7 +180,9 @@ def lstm_cell(
         if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
             return None
         options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
-        return _run_lstm(input, h, c, weights, packed_weight, options, False, False)[1:3]
+        return lstm_layer(
+            "cpu", input, h, c, weights, packed_weight, NO_MASKS, options, False, False
+        )[1:3]
     except _CLOSER_LOOK:
         return None
 
@@ -218,10 +202,12 @@ def simple_cell(
             return None
         if h is None:
             h = input.new_zeros(input.size(0), weights[1].size(1))
-        backends = GRU if kind == "gru" else RNN
+        backends, run_layer = SIMPLE[kind]
         if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
             return None
         has_biases = len(weights) == 4
-        return _run_simple(kind, input, h, weights, packed_weight, extra, has_biases, False)[1]
+        return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
+            1
+        ]
     except _CLOSER_LOOK:
         return None
