@@ -40,6 +40,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(configs.DECODE, "interpret", tiles)
 
 
+@pytest.fixture
+def chunks(monkeypatch, small_tiles):
+    """The backward as for the widest heads: the last chunk of SHAPE's features is not whole."""
+    for table in (configs.KEYS_VALUES, configs.QUERIES, configs.MASK):
+        tiles = config(4, 1, BLOCK_M=32, BLOCK_N=32, CHUNK=16)
+        monkeypatch.setitem(table, "interpret", dict.fromkeys(table["interpret"], tiles))
+
+
 def packed():
     """Sequences of which one has no queries, one no keys, and none ends where a block does."""
     return {
@@ -146,6 +154,17 @@ HALF = (
     ids=str,
 )
 def test_options_over_several_blocks(case, dtype, small_tiles):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", ["plain", "whole_mask", "everything", "packed_everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_backward_that_reads_features_in_chunks(case, dtype, chunks):
+    check(case, dtype)
+
+
+def check(case, dtype):
+    """Outputs and every gradient, against float64."""
     query, key, value, options = problem(case, dtype)
     grads = (
         testing.normal(*query.shape[:3], value.size(3), dtype=dtype),

@@ -15,11 +15,11 @@ from fmkernels.ops.attention import triton_configs as configs
 from fmkernels.ops.attention.schema import Options, empty_output
 from fmkernels.ops.attention.triton_backward import (
     attention_bwd_dkdv_kernel,
-    attention_bwd_dmask_kernel,
     attention_bwd_dq_kernel,
     attention_bwd_preprocess_kernel,
 )
 from fmkernels.ops.attention.triton_forward import attention_fwd_kernel
+from fmkernels.ops.attention.triton_mask import attention_bwd_dmask_kernel
 
 # Tiles of wider heads exceed a multiprocessor's registers.
 MOST_FEATURES = 512

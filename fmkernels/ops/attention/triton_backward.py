@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fmkernels.ops._triton.primitives import dot
 from fmkernels.ops.attention.triton_forward import key_range
+from fmkernels.ops.attention.triton_rows import held_rows, row_products, take_rows
 from fmkernels.ops.attention.triton_tiles import (
     LOG2_E,
     NEGATIVE_INFINITY,
@@ -76,7 +77,7 @@ def attention_bwd_preprocess_kernel(
 
 
 @triton.jit
-def _row_statistics(lse_base, delta_base, first_query, num_queries, BLOCK_M: tl.constexpr):
+def row_statistics(lse_base, delta_base, first_query, num_queries, BLOCK_M: tl.constexpr):
     """Base-2 lse, +inf (so that all weights are 0) for rows past the end or empty, and delta."""
     rows = first_query + tl.arange(0, BLOCK_M)
     inside = rows < num_queries
@@ -129,11 +130,12 @@ def attention_bwd_dkdv_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr = 0,
 ):
     """One program: dk and dv of BLOCK_N keys of one shared head, over the queries that see them.
 
     Scores are held transposed, (BLOCK_N, BLOCK_M), so that both products take them as they are.
-    lse and delta: (B, H, M), contiguous.
+    lse and delta: (B, H, M), contiguous. CHUNK: see row_products.
     """
     blocks = count_blocks(num_keys, num_sequences, BLOCK_N, SEQUENCES)
     pid = tl.program_id(0)
@@ -148,8 +150,8 @@ def attention_bwd_dkdv_kernel(
     dropout = load_dropout(seed_ptr, threshold, keep_factor)
     k_base = matrix_at(k_ptr, k_strides, keys.batch, shared_head, keys.first)
     v_base = matrix_at(v_ptr, v_strides, keys.batch, shared_head, keys.first)
-    k = load_rows(k_base, first_key, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(v_base, first_key, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
+    k = take_rows(k_base, first_key, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D, CHUNK)
+    v = take_rows(v_base, first_key, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E, CHUNK)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     low = 0
@@ -169,14 +171,16 @@ def attention_bwd_dkdv_kernel(
         dout_base = matrix_at(dout_ptr, dout_strides, queries.batch, head, queries.first)
         first_lse = tl.cast(queries.batch * HEADS + head, tl.int64) * num_queries + queries.first
         for m in tl.range(low, high, BLOCK_M):
-            q = load_rows(q_base, m, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D)
-            dout = load_rows(
-                dout_base, m, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E
+            q = take_rows(
+                q_base, m, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK
             )
-            lse, delta = _row_statistics(
+            dout = take_rows(
+                dout_base, m, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E, CHUNK
+            )
+            lse, delta = row_statistics(
                 lse_ptr + first_lse, delta_ptr + first_lse, m, queries.count, BLOCK_M
             )
-            products = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            products = row_products(k, q, HEAD_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION)
             scores, derivative = score_tile(products, m + rows, first_key + columns, scoring)
             if mask_ptr is not None:
                 scores = add_mask(
@@ -184,15 +188,17 @@ def attention_bwd_dkdv_kernel(
                 )
             scores = hide(scores, m + rows, first_key + columns, scoring)
             weights = tl.exp2(scores - lse[None, :])
-            dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            dweights = row_products(v, dout, VALUE_DIM, BLOCK_N, BLOCK_M, CHUNK, PRECISION)
             dropped = weights
             if seed_ptr is not None:
                 kept = tl.trans(keep_tile(dropout, first_lse + m, first_key, BLOCK_M, BLOCK_N))
                 dropped = tl.where(kept, weights * keep_factor, 0.0)
                 dweights = tl.where(kept, dweights * keep_factor, 0.0)
-            dv = dot(dropped.to(dout.dtype), dout, dv, PRECISION)
+            dout_tile = held_rows(dout, VALUE_DIM, BLOCK_M, BLOCK_E)
+            dv = dot(dropped.to(dout_tile.dtype), dout_tile, dv, PRECISION)
             dproducts = weights * (dweights - delta[None, :]) * derivative
-            dk = dot(dproducts.to(q.dtype), q, dk, PRECISION)
+            q_tile = held_rows(q, HEAD_DIM, BLOCK_M, BLOCK_D)
+            dk = dot(dproducts.to(q_tile.dtype), q_tile, dk, PRECISION)
     dk_base = matrix_at(dk_ptr, dk_strides, keys.batch, shared_head, keys.first)
     dv_base = matrix_at(dv_ptr, dv_strides, keys.batch, shared_head, keys.first)
     store_rows(
@@ -202,11 +208,11 @@ def attention_bwd_dkdv_kernel(
 
 
 @triton.jit
-def _score_gradient(
-    q,  # (BLOCK_M, BLOCK_D)
-    k,  # (BLOCK_N, BLOCK_D)
-    v,  # (BLOCK_N, BLOCK_E)
-    dout,  # (BLOCK_M, BLOCK_E)
+def score_gradient(
+    q,  # Rows: BLOCK_M of HEAD_DIM features
+    k,  # BLOCK_N of HEAD_DIM
+    v,  # BLOCK_N of VALUE_DIM
+    dout,  # BLOCK_M of VALUE_DIM
     lse,
     delta,
     first_query,
@@ -216,15 +222,18 @@ def _score_gradient(
     scoring,
     mask,
     dropout,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The weights of a tile, the gradient of its scores (that is, of the mask), and the softcap's
     derivative."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
-    products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+    products = row_products(q, k, HEAD_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION)
     scores, derivative = score_tile(products, first_query + rows, first_key + columns, scoring)
     if mask[0] is not None:
         scores = add_mask(
@@ -232,7 +241,7 @@ def _score_gradient(
         )
     scores = hide(scores, first_query + rows, first_key + columns, scoring)
     weights = tl.exp2(scores - lse[:, None])
-    dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+    dweights = row_products(dout, v, VALUE_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION)
     if dropout.seed is not None:
         kept = keep_tile(dropout, first_lse, first_key, BLOCK_M, BLOCK_N)
         dweights = tl.where(kept, dweights * dropout.factor, 0.0)
@@ -246,7 +255,7 @@ def _row_gradients(
     grad,  # p * (dp - delta)
     grad_distance,  # and that times this distance
     nearest,
-    lse,  # as from _row_statistics
+    lse,  # as from row_statistics
     delta,
     dlse,
     sink,  # None: there are none
@@ -316,12 +325,14 @@ def attention_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr = 0,
 ):
     """One program: dq of BLOCK_M queries of one head.
 
     With dmask_ptr also the gradient of their part of a mask that is not broadcast (zeroed before:
     hidden blocks are skipped); with dslopes_ptr and dsinks_ptr their shares of these gradients,
-    one number per row: (B, H, M) like lse. dlse_ptr and sinks_ptr serve these two alone.
+    one number per row: (B, H, M) like lse. dlse_ptr and sinks_ptr serve these two alone. CHUNK:
+    see row_products.
     """
     ROW_SUMS: tl.constexpr = dslopes_ptr is not None or dsinks_ptr is not None
     blocks = count_blocks(num_queries, num_sequences, BLOCK_M, SEQUENCES)
@@ -343,11 +354,13 @@ def attention_bwd_dq_kernel(
     v_base = matrix_at(v_ptr, v_strides, keys.batch, head // GROUP, keys.first)
     dout_base = matrix_at(dout_ptr, dout_strides, queries.batch, head, queries.first)
     first_lse = tl.cast(queries.batch * HEADS + head, tl.int64) * num_queries + queries.first
-    q = load_rows(q_base, first_query, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D)
-    dout = load_rows(
-        dout_base, first_query, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E
+    q = take_rows(
+        q_base, first_query, q_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D, CHUNK
     )
-    lse, delta = _row_statistics(
+    dout = take_rows(
+        dout_base, first_query, dout_strides[2], queries.count, VALUE_DIM, BLOCK_M, BLOCK_E, CHUNK
+    )
+    lse, delta = row_statistics(
         lse_ptr + first_lse, delta_ptr + first_lse, first_query, queries.count, BLOCK_M
     )
     rows = first_query + tl.arange(0, BLOCK_M)
@@ -359,11 +372,11 @@ def attention_bwd_dq_kernel(
     nearest = tl.maximum(rows - (keys.count - 1), 0)
     low, high, _ = key_range(first_query, scoring, BLOCK_M, BLOCK_N)
     for n in tl.range(low, high, BLOCK_N):
-        k = load_rows(k_base, n, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v = load_rows(v_base, n, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E)
-        weights, dscores, derivative = _score_gradient(
+        k = take_rows(k_base, n, k_strides[2], keys.count, HEAD_DIM, BLOCK_N, BLOCK_D, CHUNK)
+        v = take_rows(v_base, n, v_strides[2], keys.count, VALUE_DIM, BLOCK_N, BLOCK_E, CHUNK)
+        weights, dscores, derivative = score_gradient(
             q, k, v, dout, lse, delta, first_query, n, queries.count, first_lse + first_query,
-            scoring, mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
+            scoring, mask, dropout, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CHUNK, PRECISION,
         )  # fmt: skip
         columns = n + tl.arange(0, BLOCK_N)
         if dmask_ptr is not None:
@@ -378,7 +391,8 @@ def attention_bwd_dq_kernel(
         if ROW_SUMS:
             weight += tl.sum(weights, 1)
             grad += tl.sum(dscores, 1)
-        dq = dot((dscores * derivative).to(k.dtype), k, dq, PRECISION)
+        k_tile = held_rows(k, HEAD_DIM, BLOCK_N, BLOCK_D)
+        dq = dot((dscores * derivative).to(k_tile.dtype), k_tile, dq, PRECISION)
     dq_base = matrix_at(dq_ptr, dq_strides, queries.batch, head, queries.first)
     store_rows(
         dq_base, dq * scale, first_query, dq_strides[2], queries.count, HEAD_DIM, BLOCK_M, BLOCK_D
@@ -399,125 +413,3 @@ def attention_bwd_dq_kernel(
             tl.store(dslopes_ptr + first_lse + rows, dslope, mask=inside)
         if dsinks_ptr is not None:
             tl.store(dsinks_ptr + first_lse + rows, dsink, mask=inside)
-
-
-@triton.jit(
-    do_not_specialize=["num_batches", "num_queries", "num_keys", "left", "right", "threshold"]
-)
-def attention_bwd_dmask_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    mask_ptr,
-    slopes_ptr,
-    seed_ptr,
-    dmask_ptr,
-    q_strides,  # batch, head, row
-    k_strides,
-    v_strides,
-    dout_strides,
-    mask_strides,  # batch, head, query, key
-    slope_strides,  # batch, head
-    num_batches,
-    num_queries,
-    num_keys,
-    left,
-    right,
-    scale,
-    softcap,
-    threshold,
-    keep_factor,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    OVER_BATCH: tl.constexpr,
-    OVER_HEADS: tl.constexpr,
-    OVER_QUERIES: tl.constexpr,
-    OVER_KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The gradient of a broadcast mask: dmask (batches, heads, queries, keys), contiguous, with 1
-    where OVER_* says that the mask is broadcast. One program owns a tile of it and recomputes the
-    scores of everything it was broadcast to, in a fixed order: no atomics, no matrix of scores.
-    """
-    blocks_m = tl.cdiv(num_queries, BLOCK_M)
-    blocks_n = tl.cdiv(num_keys, BLOCK_N)
-    pid = tl.program_id(0)
-    own_n, pid = _own(pid, blocks_n, OVER_KEYS)
-    own_m, pid = _own(pid, blocks_m, OVER_QUERIES)
-    own_head, pid = _own(pid, HEADS, OVER_HEADS)
-    first_batch, last_batch = _extent(pid, num_batches, OVER_BATCH)
-    first_head, last_head = _extent(own_head, HEADS, OVER_HEADS)
-    first_m, last_m = _extent(own_m, blocks_m, OVER_QUERIES)
-    first_n, last_n = _extent(own_n, blocks_n, OVER_KEYS)
-    dropout = load_dropout(seed_ptr, threshold, keep_factor)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for batch in tl.range(first_batch, last_batch):
-        for head in tl.range(first_head, last_head):
-            slope = load_slope(slopes_ptr, slope_strides, batch, head)
-            scoring = Scoring(scale, softcap, slope, left, right, num_keys)
-            mask_base = matrix_at(mask_ptr, mask_strides, batch, head, 0)
-            mask = (mask_base, mask_strides[2], mask_strides[3])
-            q_base = matrix_at(q_ptr, q_strides, batch, head, 0)
-            k_base = matrix_at(k_ptr, k_strides, batch, head // GROUP, 0)
-            v_base = matrix_at(v_ptr, v_strides, batch, head // GROUP, 0)
-            dout_base = matrix_at(dout_ptr, dout_strides, batch, head, 0)
-            first_lse = tl.cast(batch * HEADS + head, tl.int64) * num_queries
-            for block_m in tl.range(first_m, last_m):
-                m = block_m * BLOCK_M
-                q = load_rows(q_base, m, q_strides[2], num_queries, HEAD_DIM, BLOCK_M, BLOCK_D)
-                dout = load_rows(
-                    dout_base, m, dout_strides[2], num_queries, VALUE_DIM, BLOCK_M, BLOCK_E
-                )
-                lse, delta = _row_statistics(
-                    lse_ptr + first_lse, delta_ptr + first_lse, m, num_queries, BLOCK_M
-                )
-                for block_n in tl.range(first_n, last_n):
-                    n = block_n * BLOCK_N
-                    k = load_rows(k_base, n, k_strides[2], num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-                    v = load_rows(v_base, n, v_strides[2], num_keys, VALUE_DIM, BLOCK_N, BLOCK_E)
-                    _, dscores, _ = _score_gradient(
-                        q, k, v, dout, lse, delta, m, n, num_queries, first_lse + m, scoring,
-                        mask, dropout, BLOCK_M, BLOCK_N, PRECISION,
-                    )  # fmt: skip
-                    total += dscores
-    rows = first_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = first_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    own_rows, own_columns = num_queries, num_keys
-    if OVER_QUERIES:
-        total = tl.sum(total, 0, keep_dims=True)
-        rows, own_rows = tl.arange(0, 1), 1
-    if OVER_KEYS:
-        total = tl.sum(total, 1, keep_dims=True)
-        columns, own_columns = tl.arange(0, 1), 1
-    matrix = pid * (1 if OVER_HEADS else HEADS) + own_head
-    start = tl.cast(matrix, tl.int64) * own_rows * own_columns
-    offsets = tl.cast(rows, tl.int64)[:, None] * own_columns + columns[None, :]
-    inside = (rows < own_rows)[:, None] & (columns < own_columns)[None, :]
-    tl.store(dmask_ptr + start + offsets, total.to(dmask_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _own(pid, count, BROADCAST: tl.constexpr):
-    """A program's own index along a dimension of ``count`` (0 if broadcast), and what is left."""
-    if BROADCAST:
-        return pid * 0, pid
-    else:
-        return pid % count, pid // count
-
-
-@triton.jit
-def _extent(own, count, BROADCAST: tl.constexpr):
-    """The indices a program sums over: all of them where the mask is broadcast."""
-    if BROADCAST:
-        return own * 0, own * 0 + count
-    else:
-        return own, own + 1

@@ -13,7 +13,7 @@ from fmkernels.ops._triton.launch import Config, Table, config
 
 _ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WIDTHS = (64, 128, 256, 512)
-_Tile = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
+_Tile = tuple[int, ...]  # BLOCK_M, BLOCK_N, num_warps, num_stages; CHUNK in the backward
 
 
 def case(element_size: int, width: int, rich: bool = False) -> str:
@@ -34,10 +34,16 @@ def _cases(
     found = {}
     for index, width in enumerate(_WIDTHS):
         for is_rich, tiles in ((False, plain), (True, rich)):
-            m, n, warps, stages = tiles[index] if index < len(tiles) else plain[index]
-            key = case(element_size, width, is_rich)
-            found[key] = config(warps, stages, BLOCK_M=m, BLOCK_N=n)
+            tile = tiles[index] if index < len(tiles) else plain[index]
+            found[case(element_size, width, is_rich)] = _config(*tile)
     return found
+
+
+def _config(m: int, n: int, warps: int, stages: int, chunk: int = 0) -> Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n}
+    if chunk:
+        blocks["CHUNK"] = chunk
+    return config(warps, stages, **blocks)
 
 
 def _interpreted(m: int, n: int) -> dict[str, Config]:
@@ -105,7 +111,7 @@ KEYS_VALUES: Table = {
         ((64, 64, 4, 2), (32, 64, 4, 1), _TINY, _TINY),
         (_SMALL, _SMALL, _TINY, _TINY),
     )
-    | _cases(4, _FULL_PRECISION, ()),
+    | _cases(4, (*_FULL_PRECISION[:3], (16, 32, 4, 1, 64)), ()),  # whole rows of 512 spill
     "interpret": _interpreted(64, 64),
 }
 
@@ -133,17 +139,18 @@ QUERIES: Table = {
         ((64, 64, 4, 1), (64, 32, 4, 1), _TINY, _TINY),
         (_SMALL, _SMALL, _TINY, _TINY),
     )
-    | _cases(4, _FULL_PRECISION, ()),
+    | _cases(4, (*_FULL_PRECISION[:3], (64, 16, 4, 1, 64)), ()),  # whole rows of 512 spill
     "interpret": _interpreted(64, 64),
 }
 
-# The sum over a tile is held in registers too. A mask is always there: only rich cases.
+# The sum over a tile is held in registers too. A mask is always there: only rich cases. Whole rows
+# of 512 features in float32 spill on gfx942.
 MASK: Table = {
     arch: {
-        case(size, width, True): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
+        case(size, width, True): _config(*tile)
         for size, tiles in (
             (2, (_SMALL, _SMALL, _TINY, _TINY if arch == "gfx942" else (16, 32, 8, 1))),
-            (4, (*_FULL_PRECISION[:3], _TINY if arch == "gfx942" else _WIDE)),
+            (4, (*_FULL_PRECISION[:3], (32, 32, 4, 1, 64) if arch == "gfx942" else _WIDE)),
         )
         for width, tile in zip(_WIDTHS, tiles, strict=True)
     }
@@ -154,7 +161,7 @@ MASK: Table = {
 _DECODE_WIDE = ((16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))
 DECODE: Table = {
     arch: {
-        case(size, width): config(tile[2], tile[3], BLOCK_M=tile[0], BLOCK_N=tile[1])
+        case(size, width): _config(*tile)
         for size, tiles in (
             (2, ((16, 64, 4, stages), (16, 64, 4, stages), (16, 32, 4, 1), (16, 16, 4, 1))),
             (4, _DECODE_WIDE),
