@@ -207,7 +207,7 @@ class TestSequential:
                 "0.0": whole,
                 "1.conv.0.0": whole,
                 "1.conv.1.0": whole,
-                "1.conv.2": "Conv2d + BatchNorm2d",
+                "1.conv.2": "Conv2d + BatchNorm2d + add",
             },
         )
 
@@ -402,9 +402,9 @@ class ResNet(nn.Module):
 RESNET = {
     "conv1": "Conv2d + BatchNorm2d + ReLU + MaxPool2d",
     "layers.0.conv1": "Conv2d + BatchNorm2d + ReLU",
-    "layers.0.conv2": "Conv2d + BatchNorm2d",
+    "layers.0.conv2": "Conv2d + BatchNorm2d + add + ReLU",
     "layers.1.conv1": "Conv2d + BatchNorm2d + ReLU",
-    "layers.1.conv2": "Conv2d + BatchNorm2d",
+    "layers.1.conv2": "Conv2d + BatchNorm2d + add + ReLU",
     "layers.1.downsample.0": "Conv2d + BatchNorm2d",
 }
 
@@ -461,7 +461,7 @@ class TestTraced:
 
             def forward(self, x):
                 a = self.rest["act"](self.rest["norm"](self.convs[0](x)))
-                return a + self.convs[1](x)
+                return a * self.convs[1](x)
 
         model = Branches()
         replace_and_compare(model, images(), {"convs.0": "Conv2d + BatchNorm2d + Sigmoid"})

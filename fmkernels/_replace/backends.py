@@ -17,8 +17,12 @@ def decisions_of(layer: nn.Module) -> list[Decision]:
     """What was decided while ``layer`` ran once on the smallest input that it accepts."""
     inputs = _smallest_inputs(layer)
     before = decision_count()
-    observed = [layer, layer.norm] if isinstance(layer, FusedConv2d) else [layer]
+    norm = layer.norm if isinstance(layer, FusedConv2d) else None
+    observed = [layer] if norm is None else [layer, norm]
     with in_evaluation(*observed), torch.no_grad(), use_backend("auto"):
+        if getattr(layer, "residual_sum", None) is not None:
+            inputs = (*inputs, torch.zeros_like(layer.forward(*inputs)))
+            before = decision_count()
         # Not __call__: hooks are for the user's own data.
         layer.forward(*inputs)
     return decisions_since(before)

@@ -3,18 +3,25 @@
 A chain never crosses the border of a module: all its members are called by the same forward, so
 what any other module returns does not change. Where the flow of data is read from a trace, each
 value inside the chain has a single use, and each member is called once.
+
+A sum with a residual, and what follows it, may be another module's than the layer: that module's
+forward gives the residual to the one that holds the layer, which hands it on. Called without a
+residual, that one still returns what it returned.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from fmkernels._replace import rewrite, steps
+from fmkernels._replace import rewrite, scopes, steps
 from fmkernels._replace.catalog import has_call_hooks
+from fmkernels._replace.effects import Effects
 from fmkernels._replace.steps import Step
 from fmkernels._replace.trace import Trace, TraceError, trace
 
@@ -45,7 +52,7 @@ class Fusion:
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
-    forwards: dict[str, rewrite.Forward] = field(default_factory=dict)
+    forwards: dict[str, rewrite.Forward | rewrite.SequentialForward] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,116 +63,348 @@ def plan(model: nn.Module, heads: dict[str, nn.Module]) -> Fusion:
         model: not changed.
         heads: the convolutions and linear layers that may be replaced, by path.
     """
-    fusion = Fusion()
-    # Places, not paths: what is inside a module that sits in two places has two paths.
-    places = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    paths = {id(m): path for path, m in model.named_modules()}
-    scopes = [
-        (path, m)
-        for path, m in model.named_modules()
-        if any(_contains(path, head) for head in heads) and _is_scope(m)
-    ]
-    traces: dict[str, list[Trace]] = {}
-    called_from_outside: set[str] = set()
-    for path, module in scopes:
-        if _is_plain_sequential(module):
-            continue
-        try:
-            traces[path] = _traces(module)
-        except TraceError as error:
-            called_from_outside |= {paths[id(m)] for m in error.called if id(m) in paths}
-            for head in heads:
-                if _called_by(model, path, head):
-                    where = path or "the model"
-                    fusion.notes[head] = f"not fused: torch.fx cannot trace {where}: {error}"
-            continue
-        for target in _targets(traces[path]):
-            if not _called_by(model, path, _join(path, target)):
-                called_from_outside.add(_join(path, target))
-
-    def usable(path: str, module: nn.Module) -> bool:
-        return (
-            places[id(module)] == 1
-            and path not in called_from_outside
-            and not has_call_hooks(module)
-            and "forward" not in vars(module)
-        )
-
-    for path, module in scopes:
-        if _is_plain_sequential(module):
-            found = _chains_of_sequential(path, module, heads, usable)
-            fusion.chains.update({chain.path: chain for chain in found})
-        elif path in traces:
-            _add_traced(fusion, path, module, traces[path], heads, usable)
-    return fusion
+    return _Planner(model, heads).plan()
 
 
-Usable = Callable[[str, nn.Module], bool]
+@dataclass
+class _Tail:
+    """A module that returns a chain's value, which a sum may still be added to.
 
-
-def _chains_of_sequential(
-    path: str, sequential: nn.Sequential, heads: dict[str, nn.Module], usable: Usable
-) -> list[Chain]:
-    chains: list[Chain] = []
-    current: Chain | None = None
-    # Not named_children, which leaves out the second place of a module.
-    for name, module in sequential._modules.items():
-        child = _join(path, name)
-        step = steps.step_of_module(module) if usable(child, module) else None
-        extended = None if current is None or step is None else _extended(current, step, heads)
-        if extended is not None:
-            current.steps = extended
-            current.members[child] = step
-        else:
-            current = Chain(child) if child in heads and usable(child, module) else None
-            if current is not None:
-                chains.append(current)
-    return [chain for chain in chains if chain.steps]
-
-
-def _add_traced(
-    fusion: Fusion,
-    path: str,
-    module: nn.Module,
-    traces: list[Trace],
-    heads: dict[str, nn.Module],
-    usable: Usable,
-) -> None:
-    """The chains of a traced forward.
-
-    First with functional calls and modules called repeatedly, which a rewritten forward leaves
-    out; where the forward cannot be rewritten, the chains that consist of modules called once.
+    Attributes:
+        chain: the layer, with a norm at most.
+        through: the paths of the modules to hand a residual through, from the outermost.
     """
-    found = [_chains_of_trace(path, module, t, heads, usable, rewriting=True) for t in traces]
-    if any(item.removed for items in found for item in items):
-        obstacles = [obstacle for t in traces for obstacle in t.obstacles]
-        if not _agree(found):
-            obstacles.append("its forward differs between training and evaluation")
-        obstacle = rewrite.obstacle_of(module) or next(iter(obstacles), None)
-        if obstacle is None:
-            removed = [{node for item in items for node in item.removed} for items in found]
-            fusion.forwards[path] = rewrite.Forward.of(traces, removed)
-        else:
-            for item in found[0]:
-                if item.removed:
-                    where = path or "the model"
-                    fusion.notes[item.chain.path] = (
-                        f"not fused with {item.first_removed} in {where}: {obstacle}"
-                    )
-            found = [
-                _chains_of_trace(path, module, t, heads, usable, rewriting=False) for t in traces
-            ]
-    if _agree(found):
-        fusion.chains.update({item.chain.path: item.chain for item in found[0]})
+
+    chain: Chain
+    through: tuple[str, ...]
 
 
 @dataclass
 class _Found:
-    """A chain in one trace, and the calls of it that only a rewritten forward can leave out."""
+    """A chain in one trace.
+
+    Attributes:
+        source: the call of the layer, or of a module around it.
+        last: the call that gives the chain's value.
+        kept: the calls from the source to ``last`` that stay; those after it hand on its value.
+        edit: what only a rewritten forward can leave out.
+        first_removed: name of the first step among that.
+    """
 
     chain: Chain
-    removed: list[fx.Node] = field(default_factory=list)
+    through: tuple[str, ...]
+    source: fx.Node
+    last: fx.Node
+    kept: list[fx.Node] = field(default_factory=list)
+    edit: rewrite.Edit = field(default_factory=rewrite.Edit)
     first_removed: str = ""
+
+
+class _Planner:
+    """See :func:`plan`."""
+
+    def __init__(self, model: nn.Module, heads: dict[str, nn.Module]) -> None:
+        self._model = model
+        self._heads = heads
+        self._fusion = Fusion()
+        # Places, not paths: what is inside a module that sits in two places has two paths.
+        self._places = Counter(id(child) for m in model.modules() for child in m._modules.values())
+        self._called_from_outside: set[str] = set()
+        self._traces: dict[str, list[Trace]] = {}
+        self._edits: dict[str, list[rewrite.Edit]] = {}
+        self._tails: dict[str, _Tail] = {}
+        # Of a module with a tail: the calls in its traces, or the name of a Sequential's member.
+        self._tail_calls: dict[str, list[fx.Node]] = {}
+        self._tail_members: dict[str, str] = {}
+
+    def plan(self) -> Fusion:
+        found = [
+            (path, m)
+            for path, m in self._model.named_modules()
+            if scopes.is_scope(m) and any(scopes.contains(path, head) for head in self._heads)
+        ]
+        self._trace(found)
+        by_module = {self._model.get_submodule(path): t for path, t in self._traces.items()}
+        self._effects = Effects(by_module)
+        # The inner ones first: a sum may be fused into a layer inside of a module that it calls.
+        for path, module in reversed(found):
+            if scopes.is_plain_sequential(module):
+                self._add_sequential(path, module)
+            elif path in self._traces:
+                self._add_traced(path, module)
+        for path, edits in self._edits.items():
+            self._fusion.forwards[path] = rewrite.Forward.of(self._traces[path], edits)
+        return self._fusion
+
+    def _trace(self, found: list[tuple[str, nn.Module]]) -> None:
+        paths = {id(m): path for path, m in self._model.named_modules()}
+        for path, module in found:
+            if scopes.is_plain_sequential(module):
+                continue
+            try:
+                self._traces[path] = _traces(module)
+            except TraceError as error:
+                self._called_from_outside |= {paths[id(m)] for m in error.called if id(m) in paths}
+                for head in self._heads:
+                    if scopes.called_by(self._model, path, head):
+                        where = path or "the model"
+                        note = f"not fused: torch.fx cannot trace {where}: {error}"
+                        self._fusion.notes[head] = note
+                continue
+            for target in scopes.targets(self._traces[path]):
+                if not scopes.called_by(self._model, path, scopes.join(path, target)):
+                    self._called_from_outside.add(scopes.join(path, target))
+
+    def _usable(self, path: str, module: nn.Module) -> bool:
+        return (
+            self._places[id(module)] == 1
+            and path not in self._called_from_outside
+            and not has_call_hooks(module)
+            and "forward" not in vars(module)
+        )
+
+    def _add_sequential(self, path: str, sequential: nn.Sequential) -> None:
+        current: Chain | None = None
+        # Not named_children, which leaves out the second place of a module.
+        children = list(sequential._modules.items())
+        while children and scopes.is_identity(children[-1][1]):
+            children.pop()
+        for name, module in children:
+            child = scopes.join(path, name)
+            usable = self._usable(child, module)
+            step = steps.step_of_module(module) if usable else None
+            extended = None if current is None or step is None else self._extended(current, step)
+            if extended is not None:
+                current.steps = extended
+                current.members[child] = step
+                self._fusion.chains[current.path] = current
+            else:
+                current = Chain(child) if child in self._heads and usable else None
+                tail = self._tails.get(child) if usable else None
+        if not children:
+            return
+        if current is not None:
+            tail, member = _Tail(current, ()), current.path.rpartition(".")[2]
+        else:
+            member = children[-1][0]
+        if tail is not None and _may_be_added_to(tail.chain):
+            self._tails[path] = _Tail(tail.chain, (path, *tail.through))
+            self._tail_members[path] = member
+
+    def _add_traced(self, path: str, module: nn.Module) -> None:
+        """The chains of a traced forward.
+
+        First with functional calls and modules called repeatedly, which a rewritten forward leaves
+        out; where the forward cannot be rewritten, the chains that consist of modules called once.
+        """
+        traces = self._traces[path]
+        found = [self._chains_of_trace(path, module, t, rewriting=True) for t in traces]
+        obstacle = rewrite.obstacle_of(module) or next(
+            (obstacle for t in traces for obstacle in t.obstacles), None
+        )
+        if obstacle is None and not _agree(found):
+            obstacle = "its forward differs between training and evaluation"
+        if any(item.edit.removed for items in found for item in items):
+            if obstacle is None:
+                self._edits[path] = [_merged(item.edit for item in items) for items in found]
+            else:
+                for item in found[0]:
+                    if item.edit.removed:
+                        where = path or "the model"
+                        self._fusion.notes[item.chain.path] = (
+                            f"not fused with {item.first_removed} in {where}: {obstacle}"
+                        )
+                found = [self._chains_of_trace(path, module, t, rewriting=False) for t in traces]
+        if not _agree(found):
+            return
+        for item in found[0]:
+            if item.chain.steps:
+                self._fusion.chains[item.chain.path] = item.chain
+            if item.edit.sums:
+                self._hand_on(item.through)
+        if obstacle is None:
+            self._add_tail(path, found)
+
+    def _add_tail(self, path: str, found: list[list[_Found]]) -> None:
+        """Notes it if the module at ``path`` returns a chain's value."""
+        returned = [next((item for item in items if _is_returned(item)), None) for items in found]
+        parameters = [
+            [node for node in t.graph.nodes if node.op == "placeholder"]
+            for t in self._traces[path]
+        ]
+        if (
+            all(len(nodes) == 1 and nodes[0].target[0] != "*" for nodes in parameters)
+            and all(item is not None and _may_be_added_to(item.chain) for item in returned)
+            and len({item.chain.path for item in returned}) == 1
+        ):
+            self._tails[path] = _Tail(returned[0].chain, (path, *returned[0].through))
+            self._tail_calls[path] = [item.source for item in returned]
+
+    def _hand_on(self, through: tuple[str, ...]) -> None:
+        """Have the modules at these paths take a residual."""
+        for path in through:
+            if path in self._tail_members:
+                names = tuple(self._model.get_submodule(path)._modules)
+                forward = rewrite.SequentialForward(self._tail_members[path], names)
+                self._fusion.forwards[path] = forward
+            else:
+                calls = self._tail_calls[path]
+                edits = self._edits.setdefault(path, [rewrite.Edit() for _ in calls])
+                for edit, call in zip(edits, calls, strict=True):
+                    edit.given = call
+
+    def _chains_of_trace(
+        self, path: str, module: nn.Module, traced: Trace, rewriting: bool
+    ) -> list[_Found]:
+        """What one trace shows; ``rewriting``: calls may be removed from the forward."""
+        calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+        modules = dict(module.named_modules(remove_duplicate=False))
+
+        def called_once(node: fx.Node) -> bool:
+            if node.op != "call_module" or calls[node.target] > 1:
+                return False
+            return self._usable(scopes.join(path, node.target), modules[node.target])
+
+        def step_of(node: fx.Node) -> Step | None:
+            if node.op != "call_module":
+                return steps.step_of_call(node)
+            member = modules[node.target]
+            if (
+                has_call_hooks(member)
+                or "forward" in vars(member)
+                or len(node.args) > 1
+                or node.kwargs
+            ):
+                return None
+            return steps.step_of_module(member)
+
+        def extend(item: _Found) -> None:
+            while (following := _only_use(item.last)) is not None:
+                step = step_of(following)
+                extended = None if step is None else self._extended(item.chain, step)
+                if extended is None:
+                    return
+                if called_once(following):
+                    item.chain.members[scopes.join(path, following.target)] = step
+                    item.kept.append(following)
+                elif (
+                    rewriting
+                    and step.kind != steps.NORM
+                    # Only the forward itself is rewritten, not the methods it calls.
+                    and {item.source, following} <= traced.in_forward
+                ):
+                    item.first_removed = item.first_removed or step.name
+                    item.edit.removed[following] = item.last
+                else:
+                    return
+                item.chain.steps = extended
+                item.last = following
+
+        found: list[_Found] = []
+        for node in traced.graph.nodes:
+            if not called_once(node):
+                continue
+            target = scopes.join(path, node.target)
+            if target in self._heads:
+                found.append(_Found(Chain(target), (), node, node, [node]))
+                extend(found[-1])
+            elif rewriting and target in self._tails:
+                tail = self._tails[target]
+                chain = Chain(tail.chain.path, tail.chain.steps, dict(tail.chain.members))
+                found.append(_Found(chain, tail.through, node, node, [node]))
+        for item in found:
+            while (following := _only_use(item.last)) is not None and (
+                following.op == "call_module" and scopes.is_identity(modules[following.target])
+            ):
+                item.kept.append(following)
+                item.last = following
+        if rewriting:
+            self._add_sums(found, traced, modules)
+            for item in found:
+                if item.edit.sums:
+                    extend(item)
+        return found
+
+    def _add_sums(self, found: list[_Found], traced: Trace, modules: dict[str, nn.Module]) -> None:
+        """Each sum goes into one of the layers that give its operands."""
+        by_last = {item.last: item for item in found}
+        order = {node: i for i, node in enumerate(traced.graph.nodes)}
+        for node in traced.graph.nodes:
+            added = steps.sum_of_call(node)
+            if added is None:
+                continue
+            # What is written into has to be the layer's own, which nobody else sees.
+            operands = added.operands[:1] if added.in_place else added.operands
+            candidates = []
+            for operand in operands:
+                item = by_last.get(operand)
+                if (
+                    item is not None
+                    and list(operand.users) == [node]
+                    and {item.source, node} <= traced.in_forward
+                    and self._extended(item.chain, added.step()) is not None
+                    and _takes_one_argument(item.source)
+                    and self._may_move(item, node, order, modules)
+                ):
+                    candidates.append(item)
+            if not candidates:
+                continue
+            # Of two branches the main one: the larger kernel, else what is named first.
+            item = max(candidates, key=lambda item: _kernel_area(self._heads[item.chain.path]))
+            (residual,) = (operand for operand in added.operands if operand is not item.last)
+            item.chain.steps = self._extended(item.chain, added.step())
+            item.first_removed = item.first_removed or added.step().name
+            item.edit.sums.append(rewrite.FusedSum(node, residual, list(item.kept)))
+            item.edit.removed[node] = item.last
+            item.last = node
+
+    def _may_move(
+        self,
+        item: _Found,
+        node: fx.Node,
+        order: dict[fx.Node, int],
+        modules: dict[str, nn.Module],
+    ) -> bool:
+        """Whether the layer's call may take place where ``node`` is."""
+        passed = [
+            other
+            for other, position in order.items()
+            if order[item.source] < position < order[node] and other not in item.kept
+        ]
+        if not passed:
+            return True
+        alone = not item.through or self._effects.reads_afresh(modules[item.source.target])
+        return alone and all(self._effects.harmless(other, modules) for other in passed)
+
+    def _extended(self, chain: Chain, step: Step) -> list[Step] | None:
+        head = self._heads[chain.path]
+        is_conv = isinstance(head, nn.Conv2d)
+        if step.kind in (steps.NORM, steps.RESIDUAL) and parametrize.is_parametrized(head):
+            return None
+        if not is_conv:
+            allowed = [steps.ACTIVATION]
+            if isinstance(head, nn.Linear):
+                allowed.append(steps.RESIDUAL)
+            return steps.append(chain.steps, step) if step.kind in allowed else None
+        if step.kind == steps.NORM:
+            norm = step.apply
+            tensors = [*norm.parameters(), *norm.buffers()]
+            same_dtype = all(
+                t.dtype == head.weight.dtype and t.device == head.weight.device
+                for t in tensors
+                if t.is_floating_point()
+            )
+            if norm.num_features != head.out_channels or not same_dtype:
+                return None
+        return steps.append(chain.steps, step)
+
+
+def _merged(edits: Iterable[rewrite.Edit]) -> rewrite.Edit:
+    merged = rewrite.Edit()
+    for edit in edits:
+        merged.removed.update(edit.removed)
+        merged.sums += edit.sums
+    return merged
 
 
 def _agree(found: list[list[_Found]]) -> bool:
@@ -178,70 +417,11 @@ def _agree(found: list[list[_Found]]) -> bool:
                 list(item.chain.members),
             )
             for item in items
+            if item.chain.steps
         )
         for items in found
     ]
     return all(other == described[0] for other in described)
-
-
-def _chains_of_trace(
-    path: str,
-    module: nn.Module,
-    traced: Trace,
-    heads: dict[str, nn.Module],
-    usable: Usable,
-    rewriting: bool,
-) -> list[_Found]:
-    """The chains that one trace shows; ``rewriting``: calls may be removed from the forward."""
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    modules = dict(module.named_modules(remove_duplicate=False))
-
-    def called_once(node: fx.Node) -> bool:
-        if node.op != "call_module" or calls[node.target] > 1:
-            return False
-        return usable(_join(path, node.target), modules[node.target])
-
-    def step_of(node: fx.Node) -> Step | None:
-        if node.op != "call_module":
-            return steps.step_of_call(node)
-        member = modules[node.target]
-        if (
-            has_call_hooks(member)
-            or "forward" in vars(member)
-            or len(node.args) > 1
-            or node.kwargs
-        ):
-            return None
-        return steps.step_of_module(member)
-
-    found = []
-    for head in traced.graph.nodes:
-        if not called_once(head) or _join(path, head.target) not in heads:
-            continue
-        item = _Found(Chain(_join(path, head.target)))
-        last = head
-        while (following := _only_use(last)) is not None:
-            step = step_of(following)
-            extended = None if step is None else _extended(item.chain, step, heads)
-            if extended is None:
-                break
-            if called_once(following):
-                item.chain.members[_join(path, following.target)] = step
-            elif (
-                rewriting
-                and step.kind != steps.NORM
-                # Only the forward itself is rewritten, not the methods it calls.
-                and {head, following} <= traced.in_forward
-            ):
-                item.first_removed = item.first_removed or step.name
-                item.removed.append(following)
-            else:
-                break
-            item.chain.steps = extended
-            last = following
-        if item.chain.steps:
-            found.append(item)
-    return found
 
 
 def _only_use(node: fx.Node) -> fx.Node | None:
@@ -252,21 +432,22 @@ def _only_use(node: fx.Node) -> fx.Node | None:
     return user if user.args[:1] == (node,) and user.all_input_nodes == [node] else None
 
 
-def _extended(chain: Chain, step: Step, heads: dict[str, nn.Module]) -> list[Step] | None:
-    head = heads[chain.path]
-    if not isinstance(head, nn.Conv2d):
-        return [step] if step.kind == steps.ACTIVATION and not chain.steps else None
-    if step.kind == steps.NORM:
-        norm = step.apply
-        tensors = [*norm.parameters(), *norm.buffers()]
-        same_dtype = all(
-            t.dtype == head.weight.dtype and t.device == head.weight.device
-            for t in tensors
-            if t.is_floating_point()
-        )
-        if norm.num_features != head.out_channels or not same_dtype:
-            return None
-    return steps.append(chain.steps, step)
+def _is_returned(item: _Found) -> bool:
+    users = list(item.last.users)
+    alone = len(users) == 1 and users[0].op == "output" and users[0].args == (item.last,)
+    return alone and _takes_one_argument(item.source)
+
+
+def _takes_one_argument(call: fx.Node) -> bool:
+    return len(call.args) == 1 and not call.kwargs
+
+
+def _may_be_added_to(chain: Chain) -> bool:
+    return {step.kind for step in chain.steps} <= {steps.NORM}
+
+
+def _kernel_area(head: nn.Module) -> int:
+    return math.prod(getattr(head, "kernel_size", ()))
 
 
 def _traces(module: nn.Module) -> list[Trace]:
@@ -275,46 +456,3 @@ def _traces(module: nn.Module) -> list[Trace]:
     if any(t.has_defaults for t in traces):
         traces += [trace(module, training, defaults=True) for training in (True, False)]
     return traces
-
-
-def _contains(scope: str, path: str) -> bool:
-    return path.startswith(f"{scope}.") if scope else path != ""
-
-
-def _targets(traces: list[Trace]) -> set[str]:
-    return {n.target for t in traces for n in t.graph.nodes if n.op == "call_module"}
-
-
-def _called_by(model: nn.Module, scope: str, path: str) -> bool:
-    """Whether the module at ``path`` belongs to ``scope`` itself: only containers lie between."""
-    if not _contains(scope, path):
-        return False
-    owner = _owner(path)
-    while owner != scope:
-        if _has_forward(model.get_submodule(owner)):
-            return False
-        owner = _owner(owner)
-    return True
-
-
-def _is_scope(module: nn.Module) -> bool:
-    """Whether chains are looked for in ``module``'s forward; torch's own layers keep theirs."""
-    own = type(module).__module__.startswith("torch.nn.")
-    return _is_plain_sequential(module) or (_has_forward(module) and not own)
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Whether ``module`` is called, as opposed to merely holding others."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _is_plain_sequential(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-
-
-def _owner(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

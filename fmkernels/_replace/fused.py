@@ -1,34 +1,51 @@
 """The modules that a fused chain leaves behind.
 
-A chain such as ``conv -> bn -> relu -> pool`` becomes one fused layer at the convolution's place.
+A chain such as ``conv -> bn -> + x -> relu -> pool`` becomes one fused layer at the convolution's
+place, which is given what is added as its second argument.
 The other members stay where they were, as modules that hand their input on, so every parameter and
 buffer keeps its owner and its name: the state_dict does not change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from fmkernels import functional as F
 from fmkernels import nn as fnn
-from fmkernels.functional.conv import Pool
+from fmkernels._dispatch import autocast_enabled
+from fmkernels._replace import steps
+from fmkernels.functional.conv import Pool, conv_output_shape
 from fmkernels.nn._frozen import adopt
+from fmkernels.ops import _activations
 
 
 class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
-    """``pool(activation(norm(conv(x))))`` with a batch norm that lives elsewhere in the model.
+    """``pool(activation(norm(conv(x)) + residual))`` with a batch norm that lives elsewhere in the
+    model, if there is one.
 
     Holds the convolution's parameters itself. The batch norm stays registered at its own place;
     this layer only refers to it, and reads its parameters, statistics and training flag on every
     call, so both modes behave as the separate modules do. A deepcopy or pickle of the whole model
     refers to the copied batch norm.
+
+    ``residual_sum`` says how the residual was added, a key of :data:`steps.SUMS`; None: not at
+    all. A layer with a sum that is called without a residual does what came before the sum, and
+    nothing else: that is what the module around it returned.
     """
+
+    residual_sum: str | None = None
 
     @classmethod
     def from_chain(
         cls,
         module: nn.Conv2d,
-        norm: FusedBatchNorm2d,
+        norm: FusedBatchNorm2d | None,
         *,
+        residual_sum: str | None = None,
         activation: str | None = None,
         pool: Pool | None = None,
     ) -> FusedConv2d:
@@ -49,6 +66,7 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
         )
         # In a tuple, because a module held directly would be registered as a submodule.
         layer._norm = (norm,)
+        layer.residual_sum = residual_sum
         layer._init_epilogue(activation, pool, None)
         adopt(layer, module)
         return layer
@@ -58,16 +76,79 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
         return self
 
     @property
-    def norm(self) -> nn.BatchNorm2d:
+    def norm(self) -> nn.BatchNorm2d | None:
         return self._norm[0]
 
+    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
+        if self.residual_sum is None:
+            return super().forward(input, residual)
+        if residual is None:
+            return self._block(input, None, None, None)
+        conv = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        shape = conv_output_shape(2, input, self.weight, *conv)
+        if _fits(residual, shape, input):
+            return self._block(input, residual, self.activation, self.pool)
+        output = steps.SUMS[self.residual_sum](self._block(input, None, None, None), residual)
+        output = _activations.apply(self.activation, output)
+        return output if self.pool is None else steps.POOLS[self.pool[0]](output, *self.pool[1:])
+
     def extra_repr(self) -> str:
-        extras = ["batch norm"]
+        extras = ["batch norm"] if self.norm is not None else []
+        if self.residual_sum is not None:
+            extras.append(f"residual_sum={self.residual_sum!r}")
         if self.activation is not None:
             extras.append(f"activation={self.activation!r}")
         if self.pool is not None:
             extras.append(f"pool={self.pool!r}")
         return ", ".join([nn.Conv2d.extra_repr(self), *extras])
+
+
+class FusedLinear(fnn.Linear):
+    """``activation(linear(x) + residual)``; ``residual_sum`` is as in :class:`FusedConv2d`."""
+
+    residual_sum: str
+
+    @classmethod
+    def from_chain(
+        cls, module: nn.Linear, *, residual_sum: str, activation: str | None = None
+    ) -> FusedLinear:
+        """The fused layer for ``module``, whose Parameters it shares."""
+        layer = cls.from_torch(module, activation=activation)
+        layer.residual_sum = residual_sum
+        return layer
+
+    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
+        (packed_weight,) = self._packed()
+        fits = _fits(residual, (*input.shape[:-1], self.out_features), input)
+        output = F.linear(
+            input,
+            self.weight,
+            self.bias,
+            activation=self.activation if fits else None,
+            residual=residual if fits else None,
+            packed_weight=packed_weight,
+        )
+        if fits or residual is None:
+            return output
+        return _activations.apply(self.activation, steps.SUMS[self.residual_sum](output, residual))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, residual_sum={self.residual_sum!r}"
+
+
+def _fits(residual: Any, shape: Sequence[int], input: Tensor) -> bool:
+    """Whether the kernels can add ``residual`` to a layer's output of this shape.
+
+    Anything else, such as a number, or a tensor that is broadcast or promotes the sum to another
+    dtype, is added by torch.
+    """
+    if not isinstance(residual, Tensor) or residual.layout is not torch.strided:
+        return False
+    dtype, device = input.dtype, input.device
+    if dtype is not torch.float64 and autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    same_kind = residual.dtype is dtype and residual.device == device
+    return same_kind and tuple(residual.shape) == tuple(shape)
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):

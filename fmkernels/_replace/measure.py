@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fmkernels._replace.steps import Step
+from fmkernels._replace.steps import RESIDUAL, Step
 from fmkernels._replace.trace import random_states_restored
 
-Outputs = dict[str, list[list[Tensor]]]
+
+@dataclass
+class Call:
+    """One call of a module: the tensors that it returned, and its residual if it was given one."""
+
+    outputs: list[Tensor]
+    residual: Any = None
+
+
+Outputs = dict[str, list[Call]]
 
 
 def run(model: nn.Module, example_inputs: Any, paths: list[str]) -> tuple[list[Tensor], Outputs]:
@@ -22,7 +32,7 @@ def run(model: nn.Module, example_inputs: Any, paths: list[str]) -> tuple[list[T
     Leaves the model's mode, its buffers and the random number generators as they were.
 
     Returns:
-        The model's output tensors, and for each path that was called the tensors of every call.
+        The model's output tensors, and every call of each path that was called.
     """
     args, kwargs = _arguments(example_inputs)
     captured: Outputs = {}
@@ -30,7 +40,10 @@ def run(model: nn.Module, example_inputs: Any, paths: list[str]) -> tuple[list[T
     def capture(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             # Copies: what follows may work in place.
-            captured.setdefault(path, []).append([t.detach().clone() for t in _tensors(output)])
+            outputs = [t.detach().clone() for t in _tensors(output)]
+            fuses_a_sum = getattr(module, "residual_sum", None) is not None and len(inputs) > 1
+            residual = _copied(inputs[1]) if fuses_a_sum else None
+            captured.setdefault(path, []).append(Call(outputs, residual))
 
         return hook
 
@@ -50,27 +63,37 @@ def run(model: nn.Module, example_inputs: Any, paths: list[str]) -> tuple[list[T
     return [t.detach() for t in _tensors(output)], captured
 
 
-def apply_steps(calls: list[list[Tensor]], steps: list[Step]) -> list[list[Tensor]]:
-    """What the original modules make of each output of a chain's head."""
+def apply_steps(calls: list[Call], fused: list[Call], steps: list[Step]) -> list[Call]:
+    """What the original modules make of each output of a chain's head.
+
+    ``fused``: the calls of the fused layer, whose residuals are added where a step adds one.
+    """
+    if len(calls) != len(fused):
+        return calls
     results = []
     with torch.no_grad():
-        for (output,) in calls:
+        for call, counterpart in zip(calls, fused, strict=True):
+            (output,) = call.outputs
             for step in steps:
-                if isinstance(step.apply, nn.Module):
+                if step.kind == RESIDUAL:
+                    if counterpart.residual is None:
+                        break
+                    output = step.apply(output, counterpart.residual)
+                elif isinstance(step.apply, nn.Module):
                     with in_evaluation(step.apply):
                         # Not __call__: its hooks are not for this.
                         output = step.apply.forward(output)
                 else:
                     output = step.apply(output)
-            results.append([output])
+            results.append(Call([output]))
     return results
 
 
-def error_of_calls(old: list[list[Tensor]], new: list[list[Tensor]]) -> float | None:
+def error_of_calls(old: list[Call], new: list[Call]) -> float | None:
     """The largest error over all calls; None if there is nothing to compare."""
     if len(old) != len(new):
         return float("inf")
-    errors = [error_of(a, b) for a, b in zip(old, new, strict=True)]
+    errors = [error_of(a.outputs, b.outputs) for a, b in zip(old, new, strict=True)]
     measured = [error for error in errors if error is not None]
     return max(measured, default=None)
 

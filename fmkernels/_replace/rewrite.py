@@ -1,5 +1,8 @@
 """A forward without the calls that a fused layer now makes, for one module.
 
+Where a sum is fused into the layer, the layer's call moves to the sum's place and takes the other
+operand; the modules around the layer, as far as there are any in between, hand it on.
+
 The module keeps its children, parameters and flags, and is still an instance of its class; only
 ``forward`` is another function, made from two traces (training and evaluation). Whatever those
 froze is compared on every call, so that a change raises instead of being ignored.
@@ -12,14 +15,89 @@ import functools
 import importlib
 import linecache
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fmkernels._replace.trace import Trace
 
 _MISSING = object()
+
+
+@dataclass
+class Edit:
+    """What is to change in one trace.
+
+    Attributes:
+        removed: calls that a fused layer makes now -> the nodes that stand for their results, in
+            the order of the calls.
+        sums: those among them that became part of a layer's call.
+        given: the call that is to take the residual that the module itself is given, or None.
+    """
+
+    removed: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    sums: list[FusedSum] = field(default_factory=list)
+    given: fx.Node | None = None
+
+    def apply(self, graph: fx.Graph) -> None:
+        for fused in self.sums:
+            for node in fused.moved:
+                fused.node.prepend(node)
+            fused.moved[0].insert_arg(1, fused.residual)
+        # From the last to the first, as the results of one may be what another one reads.
+        for node, result in reversed(self.removed.items()):
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        if self.given is not None:
+            parameters = [node for node in graph.nodes if node.op == "placeholder"]
+            name = "residual"
+            while any(node.target == name for node in parameters):
+                name += "_"
+            with graph.inserting_after(parameters[-1]):
+                self.given.insert_arg(1, graph.placeholder(name, default_value=None))
+
+
+@dataclass
+class FusedSum:
+    """A sum that a layer makes now.
+
+    Attributes:
+        node: the sum.
+        residual: what it added.
+        moved: the layer's call, or that of a module around it, and the calls from there to the
+            sum; they take place where the sum was.
+    """
+
+    node: fx.Node
+    residual: fx.Node
+    moved: list[fx.Node]
+
+
+@dataclass(frozen=True)
+class SequentialForward:
+    """The forward of a Sequential that hands a residual on to one of its members.
+
+    Attributes:
+        member: its name.
+        names: of all members. Another one after it would follow the sum instead of preceding it.
+    """
+
+    member: str
+    names: tuple[str, ...]
+
+    def __call__(self, module: nn.Sequential, input: Tensor, residual: Any = None) -> Any:
+        if residual is not None and tuple(module._modules) != self.names:
+            raise RuntimeError(
+                f"{type(module).__name__} had the members {', '.join(self.names)} when "
+                "fmkernels.replace fused a sum into one of them, and has changed since: undo the "
+                "replacement, and replace again"
+            )
+        for name, layer in module._modules.items():
+            given = residual is not None and name == self.member
+            input = layer(input, residual) if given else layer(input)
+        return input
 
 
 class Forward:
@@ -43,13 +121,11 @@ class Forward:
         self._functions = tuple(_compile(source, names) for source in sources)
 
     @classmethod
-    def of(cls, traces: list[Trace], removed: list[set[fx.Node]]) -> Forward:
-        """From the traces in training and in evaluation, less the nodes to remove from each."""
+    def of(cls, traces: list[Trace], edits: list[Edit]) -> Forward:
+        """From the traces in training and in evaluation, and what is to change in each."""
         sources, names, reads = [], {}, {}
-        for traced, nodes in zip(traces, removed, strict=True):
-            for node in nodes:
-                node.replace_all_uses_with(node.args[0])
-                traced.graph.erase_node(node)
+        for traced, edit in zip(traces, edits, strict=True):
+            edit.apply(traced.graph)
             code = traced.graph.python_code("self")
             sources.append(code.src)
             names.update(code.globals)
@@ -71,10 +147,6 @@ class Forward:
                 )
         return self._functions[0 if module.training else 1](module, *args, **kwargs)
 
-    def install(self, module: nn.Module) -> None:
-        """Give ``module`` this forward; :func:`uninstall` gives the original back."""
-        module.__class__ = _class_with(type(module), self)
-
     def __deepcopy__(self, memo: dict) -> Forward:
         return self
 
@@ -86,8 +158,13 @@ class Forward:
         return _load, (self.sources, names, self.reads)
 
 
+def install(module: nn.Module, forward: Forward | SequentialForward) -> None:
+    """Give ``module`` this forward; :func:`uninstall` gives the original back."""
+    module.__class__ = _class_with(type(module), forward)
+
+
 def uninstall(module: nn.Module) -> None:
-    """Undo :meth:`Forward.install`."""
+    """Undo :func:`install`."""
     module.__class__ = type(module)._fmkernels_original
 
 
@@ -122,7 +199,7 @@ def _compile(source: str, names: dict[str, Any]) -> Callable:
     return scope["forward"]
 
 
-def _class_with(original: type, forward: Forward) -> type:
+def _class_with(original: type, forward: Forward | SequentialForward) -> type:
     """A subclass of ``original`` with its name and ``forward``; can be copied and pickled."""
 
     @functools.wraps(original.forward)
@@ -149,6 +226,6 @@ def _class_with(original: type, forward: Forward) -> type:
     )
 
 
-def _new(original: type, forward: Forward) -> nn.Module:
+def _new(original: type, forward: Forward | SequentialForward) -> nn.Module:
     kind = _class_with(original, forward)
     return kind.__new__(kind)

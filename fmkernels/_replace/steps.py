@@ -1,12 +1,13 @@
 """What may follow a convolution or a linear layer inside one fused layer.
 
-Recognises the activations and poolings that the kernels can apply, as modules and as function or
-method calls. Anything with other parameters than the kernels implement is not recognised, and so
-stays as it is.
+Recognises the sums, activations and poolings that the kernels can apply, as modules and as
+function or method calls. Anything with other parameters than the kernels implement is not
+recognised, and so stays as it is.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,11 @@ from fmkernels.functional.conv import Pool
 from fmkernels.ops import _activations
 from fmkernels.ops.conv.backends import FUSED_POOL_WINDOWS
 
-NORM, ACTIVATION, POOL = "norm", "activation", "pool"
+NORM, RESIDUAL, ACTIVATION, POOL = "norm", "residual", "activation", "pool"
+
+# The sums that residual steps stand for: the value of the step -> the sum of the layer's output
+# and the residual.
+SUMS: dict[str, Callable[[Any, Any], Any]] = {"add": operator.add, "add_": operator.iadd}
 
 # Max-pooling and these commute exactly: forward, gradient and NaN. (The other activations round
 # different inputs to equal outputs, and then pooling after them picks another maximum.)
@@ -32,16 +37,17 @@ class Step:
     """One member of a chain after its head.
 
     Attributes:
-        kind: ``"norm"``, ``"activation"`` or ``"pool"``.
-        value: None, the activation's name, or the pool as in fmkernels.functional.conv2d.
+        kind: ``"norm"``, ``"residual"``, ``"activation"`` or ``"pool"``.
+        value: None, a key of SUMS, the activation's name, or the pool as in
+            fmkernels.functional.conv2d.
         name: class or function name, for the report.
-        apply: the step as PyTorch computes it, for measuring.
+        apply: the step as PyTorch computes it, for measuring; a residual's takes two tensors.
     """
 
     kind: str
     value: Any
     name: str
-    apply: Callable[[Tensor], Tensor]
+    apply: Callable[..., Tensor]
 
 
 _ACTIVATION_MODULES: dict[type, Callable[[Any], str | None]] = {
@@ -139,6 +145,38 @@ def step_of_call(node: fx.Node) -> Step | None:
     return Step(ACTIVATION, activation, name, _activations.FORWARD[activation])
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A call that adds two values of a traced graph.
+
+    Attributes:
+        operands: the two nodes.
+        in_place: whether it writes into the first operand.
+    """
+
+    operands: tuple[fx.Node, fx.Node]
+    in_place: bool
+
+    def step(self) -> Step:
+        value = "add_" if self.in_place else "add"
+        return Step(RESIDUAL, value, "add", SUMS[value])
+
+
+def sum_of_call(node: fx.Node) -> Sum | None:
+    """The sum that a call of a traced graph is, or None."""
+    of_function = node.op == "call_function" and node.target in _SUM_FUNCTIONS
+    if not of_function and not (node.op == "call_method" and node.target in SUMS):
+        return None
+    if not 1 <= len(node.args) <= 2 or not set(node.kwargs) <= {"other", "alpha"}:
+        return None
+    operands = (*node.args, node.kwargs.get("other"))[:2]
+    if node.kwargs.get("alpha", 1) != 1 or operands[0] is operands[1]:
+        return None
+    if not all(isinstance(operand, fx.Node) for operand in operands):
+        return None
+    return Sum(operands, node.target in (operator.iadd, "add_"))
+
+
 def append(steps: list[Step], step: Step) -> list[Step] | None:
     """``steps`` with ``step``, if the kernels can apply them in one go; else None."""
     kinds = [other.kind for other in steps]
@@ -146,6 +184,8 @@ def append(steps: list[Step], step: Step) -> list[Step] | None:
         return None
     if step.kind == NORM:
         return [step] if not steps else None
+    if step.kind == RESIDUAL and set(kinds) - {NORM}:
+        return None
     if step.kind == ACTIVATION and POOL in kinds:
         commutes = value_of(steps, POOL)[0] == "max" and step.value in COMMUTES_WITH_MAX_POOL
         if not commutes:
@@ -205,6 +245,8 @@ _POOL_MODULES: dict[type, tuple[tuple[str, ...], Callable[[dict], Pool | None]]]
     nn.MaxPool2d: (_POOL_ARGUMENTS, _max_pool),
     nn.AvgPool2d: (_AVERAGE_ARGUMENTS, _average_pool),
 }
+_SUM_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+POOLS: dict[str, Callable[..., Tensor]] = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 _POOL_FUNCTIONS: dict[Any, tuple[Callable, tuple[str, ...], Callable[[dict], Pool | None]]] = {
     F.max_pool2d: (F.max_pool2d, _POOL_ARGUMENTS, _max_pool),
     torch.max_pool2d: (F.max_pool2d, _POOL_ARGUMENTS, _max_pool),

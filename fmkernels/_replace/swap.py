@@ -10,7 +10,7 @@ from torch import nn
 
 from fmkernels._dispatch import UnsupportedError
 from fmkernels._replace import backends, catalog, chains, hub, measure, rewrite, steps
-from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d
+from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d, FusedLinear
 from fmkernels._replace.report import FUSED, KEPT, REPLACED, Report, Row
 from fmkernels.freeze import freeze as freeze_layers
 
@@ -48,17 +48,26 @@ def replace(
     ``train``, ``eval``, ``to``, ``deepcopy``, ``load_state_dict`` work as before; so does pickling
     the model.
 
-    With ``fuse``, a convolution and the batch norm, activation and max-pooling that follow it
-    become one layer, and so do a linear layer and its activation: in a ``Sequential`` by position,
-    and in any module whose forward torch.fx can trace by the flow of data. The fused layer sits at
-    the convolution's place. The other modules stay where they are, keep their parameters and
-    buffers, and hand their input on; their own output is no longer what it was, so layers with
-    hooks, layers in two places and layers called from outside their container are not fused. Calls
-    such as ``F.relu`` are fused too, by giving the module that makes them another forward; where
-    that could change its meaning, the row's reason says why it was not done. Fusing relies on the
-    model's forward passing through the chain each time. Use ``fuse=False`` if layers of a
-    ``Sequential`` are called one by one from code that torch.fx cannot trace, and under
+    With ``fuse``, a convolution and the batch norm, sum, activation and pooling that follow it
+    become one layer, and so do a linear layer, a sum and its activation: in a ``Sequential`` by
+    position, and in any module whose forward torch.fx can trace by the flow of data. The fused
+    layer sits at the convolution's place. The other modules stay where they are, keep their
+    parameters and buffers, and hand their input on; their own output is no longer what it was, so
+    layers with hooks, layers in two places and layers called from outside their container are not
+    fused. Calls such as ``F.relu`` are fused too, by giving the module that makes them another
+    forward; where that could change its meaning, the row's reason says why it was not done. Fusing
+    relies on the model's forward passing through the chain each time. Use ``fuse=False`` if layers
+    of a ``Sequential`` are called one by one from code that torch.fx cannot trace, and under
     ``nn.DataParallel`` and FSDP, which handle modules apart from one another.
+
+    A sum, such as that of a residual block (``out += identity``, ``x + self.body(x)``,
+    ``torch.add``), is fused if one operand comes straight from a convolution and its batch norm,
+    or from a linear layer, or from a module that ends in one; that layer, and the modules around
+    it, then take the other operand as a second argument. Of an in-place sum it is the operand that
+    is written into; of two convolutions the one with the larger kernel, or the first. Operands
+    that turn out to differ in shape, dtype or device are added as torch adds them. The layer then
+    runs where the sum was, so the sum stays if that could be noticed: if something in between
+    writes in place, draws random numbers or is unknown.
 
     Of Hugging Face's transformers, ``Conv1D``, RMS norms and gated feed-forward blocks are
     exchanged if they compute what their names say. Layers that look their attention up in its
@@ -108,9 +117,10 @@ def replace(
                 if row.path in old_calls:
                     chain = plan.fusion.chains.get(row.path)
                     expected = old_calls[row.path]
+                    actual = new_calls.get(row.path, [])
                     if chain is not None:
-                        expected = measure.apply_steps(expected, chain.steps)
-                    row.error = measure.error_of_calls(expected, new_calls.get(row.path, []))
+                        expected = measure.apply_steps(expected, actual, chain.steps)
+                    row.error = measure.error_of_calls(expected, actual)
     except BaseException:
         report.undo()
         raise
@@ -249,14 +259,16 @@ class _Plan:
                 self.others[path] = norm = FusedBatchNorm2d.from_torch(member, chain.path)
             else:
                 self.others[path] = FusedAway(member, chain.path)
-        activation = steps.value_of(chain.steps, steps.ACTIVATION)
-        pool = steps.value_of(chain.steps, steps.POOL)
-        if norm is not None:
-            new = FusedConv2d.from_chain(module, norm, activation=activation, pool=pool)
-        elif isinstance(module, nn.Conv2d):
-            new = catalog.make(module, activation=activation, pool=pool)
+        added = steps.value_of(chain.steps, steps.RESIDUAL)
+        options = {"activation": steps.value_of(chain.steps, steps.ACTIVATION)}
+        if isinstance(module, nn.Conv2d):
+            options["pool"] = steps.value_of(chain.steps, steps.POOL)
+        if isinstance(module, nn.Conv2d) and (norm is not None or added is not None):
+            new = FusedConv2d.from_chain(module, norm, residual_sum=added, **options)
+        elif added is not None:
+            new = FusedLinear.from_chain(module, residual_sum=added, **options)
         else:
-            new = catalog.make(module, activation=activation)
+            new = catalog.make(module, **options)
         self.layers[chain.path] = new
         old = " + ".join([type(module).__name__, *(step.name for step in chain.steps)])
         backend = _names(backends.decisions_of(new))
@@ -291,7 +303,7 @@ class _Exchange:
         for parent, name, _, new in self._places:
             parent._modules[name] = new
         for module, forward in self._rewritten:
-            forward.install(module)
+            rewrite.install(module, forward)
         self._selection = hub.Selection(self.model, plan.attention)
 
     def undo(self) -> nn.Module:

@@ -455,6 +455,26 @@ def conv_with_statistics(
     return autograd.conv_with_statistics(input, weight, bias, packed_weight, plan.options, backend)
 
 
+def conv_output_shape(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    stride: IntOrTuple,
+    padding: IntOrTuple | str,
+    dilation: IntOrTuple,
+    groups: int,
+    padding_mode: str,
+) -> tuple[int, ...]:
+    """The shape of a convolution's output, which is that of its residual.
+
+    Raises:
+        As :func:`conv2d`.
+    """
+    _check_operands(input, weight, None)
+    plan = _plan_of(dims, input, weight, stride, padding, dilation, groups, padding_mode)
+    return plan.output_shape
+
+
 def _conv(
     dims: int,
     input: Tensor,

@@ -108,6 +108,15 @@ class _ConvBlock(Freezable, nn.Module):
         self._init_frozen(("_packed_weight", "_folded_scale", "_folded_shift"))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._block(input, residual, self.activation, self.pool)
+
+    def _block(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        pool: Pool | None,
+    ) -> Tensor:
         norm = self.norm
         packed_weight, scale, shift = self._packed()
         if norm is not None and _uses_statistics_of_input(norm):
@@ -116,7 +125,7 @@ class _ConvBlock(Freezable, nn.Module):
                 conv = self._conv(input, packed_weight)
             else:
                 conv, mean, variance = self._conv_with_statistics(input, packed_weight)
-            return self._norm_of(conv, residual, mean, variance)
+            return self._norm_of(conv, residual, activation, pool, mean, variance)
         if norm is not None and (scale is None or _needs_graph(norm.weight, norm.bias)):
             scale, shift = _fold_batch_norm(norm, input.dtype)
         return self._conv(
@@ -125,8 +134,8 @@ class _ConvBlock(Freezable, nn.Module):
             scale=scale,
             shift=shift,
             residual=residual,
-            activation=self.activation,
-            pool=self.pool,
+            activation=activation,
+            pool=pool,
         )
 
     def _conv(self, input: Tensor, packed_weight: Tensor | None, **epilogue: Any) -> Tensor:
@@ -156,6 +165,8 @@ class _ConvBlock(Freezable, nn.Module):
         self,
         conv: Tensor,
         residual: Tensor | None,
+        activation: str | None,
+        pool: Pool | None,
         mean: Tensor | None,
         variance: Tensor | None,
     ) -> Tensor:
@@ -166,7 +177,7 @@ class _ConvBlock(Freezable, nn.Module):
             _checks.tensor("residual", residual)
             _checks.shape("residual", residual, conv.shape, "the conv's output")
             residual = residual.unsqueeze(0) if unbatched else residual
-        kind, window = parse_pool(self.pool, self._dims)
+        kind, window = parse_pool(pool, self._dims)
         if kind is not None:
             check_window("pool: the conv's output", conv.shape[-self._dims :], window, False)
         conv = conv.unsqueeze(0) if unbatched else conv
@@ -184,7 +195,7 @@ class _ConvBlock(Freezable, nn.Module):
             residual,
             groups,
             norm.eps,
-            self.activation,
+            activation,
             kind,
             () if kind is None else (*window[0], *window[1], *window[2]),
             self.backend,
