@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fmkernels
+from fmkernels import nn as fnn
 from fmkernels.nn._frozen import Freezable
 
 
@@ -156,3 +157,36 @@ def test_check_frozen_sees_hidden_writes(model, inputs, monkeypatch):
 def test_nothing_to_freeze():
     with pytest.warns(UserWarning, match="contains no fmkernels layer to freeze"):
         fmkernels.freeze(nn.Sequential(nn.Linear(2, 2)))
+
+
+# Kernel, input channels, groups, pool: packed for direct sums and for Winograd, one tap, which is
+# read where it lies, depthwise, and a pool that Winograd does not fuse.
+FROZEN_CONVS = [
+    (3, 8, 1, None),
+    (3, 64, 1, None),
+    (1, 32, 1, None),
+    (3, 32, 32, None),
+    (3, 64, 1, ("max", 2, 7, 0)),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel, channels, groups, pool", FROZEN_CONVS)
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_weights_of_any_strides(kernel, channels, groups, pool, memory_format, mode):
+    """What was packed is read in the place of a weight whose own strides no kernel reads."""
+    layer = fnn.Conv2d(
+        channels, 32, kernel, padding=kernel // 2, groups=groups, pool=pool, backend="cpu"
+    )
+    fmkernels.freeze(layer)
+    input = torch.randn(2, channels, 20, 19).to(memory_format=memory_format)
+    with torch.no_grad(), fmkernels.precision(mode):
+        expected = layer(input)
+        dense = layer.weight.detach()
+        for strided in (
+            dense.to(memory_format=torch.channels_last),
+            dense.transpose(0, 1).contiguous().transpose(0, 1),
+            dense.repeat_interleave(2, 0)[::2],
+        ):
+            layer.weight = torch.nn.Parameter(strided)
+            assert torch.equal(layer(input), expected)

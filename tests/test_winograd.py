@@ -70,6 +70,75 @@ def test_error_bound(problem, epilogue, memory_format):
         assert (actual.grad - wanted.grad).abs().max() <= 1e-5 * wanted.grad.abs().max()
 
 
+# (batch, channels, depth, height, width), output channels; taps, padding, dilation of the depth:
+# kernels of one and more planes, planes in the padding, more taps than planes, several images.
+DEEP_PROBLEMS = [
+    ((2, 32, 5, 13, 11), 40, 3, 1, 1),
+    ((1, 48, 7, 10, 9), 33, 3, 0, 2),
+    ((1, 32, 4, 16, 16), 32, 1, 0, 1),
+    ((3, 32, 2, 6, 30), 32, 2, 1, 1),
+    ((1, 64, 6, 17, 15), 64, 5, 2, 1),
+    ((1, 32, 2, 20, 20), 48, 3, 1, 1),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("problem", DEEP_PROBLEMS, ids=str)
+def test_error_bound_of_three_axes(problem, transposed, memory_format):
+    """Products of several planes are added up before they are transformed back."""
+    size, out_channels, taps, padding, dilation = problem
+    options = {"padding": (padding, 1, 1), "dilation": (dilation, 1, 1)}
+    input = torch.randn(size).to(memory_format=memory_format)
+    scale = (9 * taps * size[1]) ** -0.5
+    weight = torch.randn(out_channels, size[1], taps, 3, 3) * scale
+    weight = weight.transpose(0, 1).contiguous() if transposed else weight
+    bias = torch.randn(out_channels)
+    ours = [t.clone().requires_grad_() for t in (input, weight, bias)]
+    exact = [t.double().requires_grad_() for t in (input, weight, bias)]
+    run, oracle = (
+        (FF.conv_transpose3d, F.conv_transpose3d) if transposed else (FF.conv3d, F.conv3d)
+    )
+    output, expected = run(*ours, backend="cpu", **options), oracle(*exact, **options)
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with fmkernels.precision("exact"), torch.no_grad():
+        direct = run(*ours, backend="cpu", **options)
+    assert not torch.equal(output, direct), "this convolution was meant to be a Winograd one"
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    expected.backward(grad.double())
+    for actual, wanted in zip(ours, exact, strict=True):
+        assert (actual.grad - wanted.grad).abs().max() <= 1e-5 * wanted.grad.abs().max()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_epilogue_of_three_axes(activation, memory_format):
+    """Scale, shift, residual, activation and their gradients, in planes of their own images."""
+    input = torch.randn(2, 32, 4, 9, 10).to(memory_format=memory_format)
+    weight = torch.randn(40, 32, 3, 3, 3) / 30
+    scale, shift = torch.rand(40) + 0.5, torch.randn(40)
+    residual = torch.randn(2, 40, 4, 9, 10).to(memory_format=memory_format)
+    ours = [t.clone().requires_grad_() for t in (input, weight, scale, shift, residual)]
+    exact = [t.double().requires_grad_() for t in (input, weight, scale, shift, residual)]
+    output = FF.conv3d(
+        *ours[:2], padding=1, scale=ours[2], shift=ours[3], residual=ours[4],
+        activation=activation, backend="cpu",
+    )  # fmt: skip
+    x, w, a, b, r = exact
+    per_channel = (1, -1, 1, 1, 1)
+    z = F.conv3d(x, w, padding=1) * a.view(per_channel) + b.view(per_channel) + r
+    expected = getattr(F, activation)(z) if activation else z
+    assert (output - expected).abs().max() <= 1e-5 * z.abs().max()
+    if activation == "relu":  # not smooth: a rounding may move a gradient
+        return
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    expected.backward(grad.double())
+    for actual, wanted in zip(ours, exact, strict=True):
+        assert (actual.grad - wanted.grad).abs().max() <= 1e-5 * wanted.grad.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_storage(dtype):
     """Transforms and products are computed in float, so only the output's rounding is lost."""

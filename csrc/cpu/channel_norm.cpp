@@ -11,8 +11,9 @@ namespace fmk::FMK_ISA {
 namespace {
 
 constexpr int64_t kSerialElements = 32768;
-constexpr int64_t kRun = 256;             // values whose mean is taken at a time
-constexpr int64_t kBandElements = 32768;  // of an image, normalised before they are pooled
+constexpr int64_t kRun = 256;             // values per lane that are summed before they join a sum
+constexpr int64_t kBandElements = 32768;  // of an image: what a thread takes at a time
+constexpr int64_t kPixelsAtOnce = 4;      // NHWC: pixels that share what is loaded per channel
 
 // A lane is a channel (channels last) or a pixel. Work is shared out as units: a vector of channels
 // of one image, or a channel of one image; either visits its pixels once.
@@ -44,29 +45,22 @@ struct Worker {
               [&](int64_t u) { body(u / units_per_image, u % units_per_image); });
   }
 
-  // body(offset in the image, lanes) for pixels [begin, end) of a unit.
+  // body(offset in the image, lanes) for pixels [begin, end) of an NCHW channel.
   template <class Body>
-  FMK_LAMBDA void visit(int64_t unit, int64_t begin, int64_t end, const Body& body) const {
-    if (p.channels_last) {
-      const int lanes = static_cast<int>(min_of<int64_t>(V::W, p.channels - unit * V::W));
-      for (int64_t i = begin; i < end; ++i) body(i * p.channels + unit * V::W, lanes);
-    } else {
-      int64_t i = begin;
-      for (; i + V::W <= end; i += V::W) body(unit * pixels + i, int(V::W));
-      if (i < end) body(unit * pixels + i, static_cast<int>(end - i));
+  FMK_LAMBDA void visit_plane(int64_t channel, int64_t begin, int64_t end, const Body& body) const {
+    int64_t i = begin;
+    for (; i + V::W <= end; i += V::W) body(channel * pixels + i, int(V::W));
+    if (i < end) body(channel * pixels + i, static_cast<int>(end - i));
+  }
+  // NHWC pixels in the order in which they lie: a stream to the hardware, which a vector of each
+  // pixel by turns is not. body(offset, channel, lanes, n) for a vector of channels of n pixels.
+  template <class Body>
+  FMK_LAMBDA void visit_pixels(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t pixel = begin; pixel < end; pixel += kPixelsAtOnce) {
+      const int64_t n = min_of(kPixelsAtOnce, end - pixel);
+      for (int64_t c = 0; c < p.channels; c += V::W)
+        body(pixel * p.channels + c, c, static_cast<int>(min_of<int64_t>(V::W, p.channels - c)), n);
     }
-  }
-  // What belongs to the lanes of a unit, of numbers per channel.
-  V lanes_of(const A* per_channel, int64_t unit) const {
-    return p.channels_last ? load(per_channel + unit * V::W) : splat(per_channel[unit]);
-  }
-  // Sums over a unit's lanes, one number per channel.
-  void store_sums(V sum, int64_t unit, A* per_channel) const {
-    if (p.channels_last)
-      store(per_channel + unit * V::W, sum,
-            static_cast<int>(min_of<int64_t>(V::W, p.channels - unit * V::W)));
-    else
-      per_channel[unit] = reduce_add(sum);
   }
   static V read(const T* from, int lanes) { return lanes == V::W ? load(from) : load(from, lanes); }
   static void write(T* to, V value, int lanes) {
@@ -161,31 +155,29 @@ void apply(const Worker<T>& w, const AffineRows<Acc<T>>& affine, const T* input,
   const T* from = input + image * w.image_size();
   const T* add = residual ? residual + image * w.image_size() : nullptr;
   const int64_t back = begin + unit * (w.pixels - out_pixels);
-  w.visit(unit, begin, end, [&](int64_t at, int lanes) {
+  w.visit_plane(unit, begin, end, [&](int64_t at, int lanes) {
     V z = fma(w.read(from + at, lanes), factor, term);
     if (add) z = z + w.read(add + at, lanes);
     w.write(out + at - back, activate(p.activation, z), lanes);
   });
 }
 
-// The same for all channels of NHWC pixels, in the order in which they lie: a stream to the
-// hardware, which a vector of each pixel by turns is not.
+// The same for all channels of NHWC pixels [begin, end), to `out`.
 template <class T>
 void apply_pixels(const Worker<T>& w, const AffineRows<Acc<T>>& affine, const T* input,
                   const T* residual, int64_t image, int64_t begin, int64_t end, T* out) {
   using V = Vec<T>;
   const ChannelNorm& p = w.p;
-  const Acc<T>*factors = affine.factors + image * affine.step,
-        *terms = affine.terms + image * affine.step;
   const int64_t first = image * w.image_size() + begin * p.channels;
-  for (int64_t pixel = 0; pixel < end - begin; ++pixel)
-    for (int64_t c = 0; c < p.channels; c += V::W) {
-      const int lanes = static_cast<int>(min_of<int64_t>(V::W, p.channels - c));
-      const int64_t at = pixel * p.channels + c;
-      V z = fma(w.read(input + first + at, lanes), load(factors + c), load(terms + c));
+  w.visit_pixels(0, end - begin, [&](int64_t at, int64_t c, int lanes, int64_t n) {
+    const V factor = load(affine.factors + image * affine.step + c);
+    const V term = load(affine.terms + image * affine.step + c);
+    for (; n > 0; --n, at += p.channels) {
+      V z = fma(w.read(input + first + at, lanes), factor, term);
       if (residual) z = z + w.read(residual + first + at, lanes);
       w.write(out + at, activate(p.activation, z), lanes);
     }
+  });
 }
 
 template <class T>
@@ -257,54 +249,88 @@ void forward_typed(const ChannelNormForward& f, const Parallel& pool) {
   });
 }
 
-// sums[image][2][channels] of the pre-activation's gradient g, which is stored, and of g times the
-// normalised values.
+// The pre-activation's gradient g, which is kept, and its sums.
 template <class T>
-void gradient_sums(const ChannelNormBackward& b, const Worker<T>& w,
-                   const AffineRows<Acc<T>>& affine, const AffineRows<Acc<T>>& normalise,
-                   const T* grad, Acc<T>* sums, const Parallel& pool) {
+struct GradientSums {
   using V = Vec<T>;
   using A = Acc<T>;
-  const ChannelNorm& p = b.norm;
-  const int64_t padded = Worker<T>::padded(p.channels);
-  const auto* input = static_cast<const T*>(b.input);
-  const auto* residual = static_cast<const T*>(b.residual);
-  auto* kept = static_cast<T*>(b.grad_preactivation);
-  w.for_units(pool, [&](int64_t image, int64_t unit) {
-    const int64_t base = image * w.image_size();
-    const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
-    const V term = w.lanes_of(affine.terms + image * affine.step, unit);
-    const V inverse = w.lanes_of(normalise.factors + image * normalise.step, unit);
-    const V offset = w.lanes_of(normalise.terms + image * normalise.step, unit);
-    V total = zero<V>(), total_products = zero<V>();
-    const int64_t run = p.channels_last ? kRun : kRun * V::W;
-    for (int64_t begin = 0; begin < w.pixels; begin += run) {
-      V sum = zero<V>(), products = zero<V>();
-      w.visit(unit, begin, min_of(w.pixels, begin + run), [&](int64_t at, int lanes) {
-        const V x = w.read(input + base + at, lanes);
-        V g = w.read(grad + base + at, lanes);
-        if (p.activation != Activation::kNone) {
-          V z = fma(x, factor, term);
-          if (residual) z = z + w.read(residual + base + at, lanes);
-          g = g * activate_grad(p.activation, z);
-        }
-        w.write(kept + base + at, g, lanes);
-        if (lanes < V::W) {
-          alignas(64) A values[V::W];
-          store(values, g);
-          g = load(values, lanes);
-        }
-        sum = sum + g;
-        products = fma(g, fma(x, inverse, offset), products);
-      });
-      total = total + sum;
-      total_products = total_products + products;
+  const Worker<T>& w;
+  const AffineRows<A>&affine, &normalise;
+  const T *input, *residual, *grad;
+  T* kept;
+  int64_t padded;  // channels, from one row of sums to the next
+
+  // What of an image's rows of numbers per channel a vector of values needs.
+  struct Lanes {
+    V factor, term, inverse, offset;
+  };
+  // Keeps g of the values at `at`; adds it to `sum`, and g times the normalised values to
+  // `products`.
+  FMK_LAMBDA void add(int64_t at, int lanes, const Lanes& of, V* sum, V* products) const {
+    const V x = w.read(input + at, lanes);
+    V g = w.read(grad + at, lanes);
+    if (w.p.activation != Activation::kNone) {
+      V z = fma(x, of.factor, of.term);
+      if (residual) z = z + w.read(residual + at, lanes);
+      g = g * activate_grad(w.p.activation, z);
     }
-    A* of = sums + image * 2 * padded;
-    w.store_sums(total, unit, of);
-    w.store_sums(total_products, unit, of + padded);
-  });
-}
+    w.write(kept + at, g, lanes);
+    if (lanes < V::W) {
+      alignas(64) A values[V::W];
+      store(values, g);
+      g = load(values, lanes);
+    }
+    *sum = *sum + g;
+    *products = fma(g, fma(x, of.inverse, of.offset), *products);
+  }
+
+  // sums[image][2][channels].
+  void planes(A* sums, const Parallel& pool) const {
+    w.for_units(pool, [&](int64_t image, int64_t unit) {
+      const int64_t base = image * w.image_size(), run = kRun * V::W;
+      const Lanes of{splat(affine.factors[image * affine.step + unit]),
+                     splat(affine.terms[image * affine.step + unit]),
+                     splat(normalise.factors[image * normalise.step + unit]),
+                     splat(normalise.terms[image * normalise.step + unit])};
+      V total = zero<V>(), total_products = zero<V>();
+      for (int64_t begin = 0; begin < w.pixels; begin += run) {
+        V sum = zero<V>(), products = zero<V>();
+        w.visit_plane(unit, begin, min_of(w.pixels, begin + run),
+                      [&](int64_t at, int lanes) { add(base + at, lanes, of, &sum, &products); });
+        total = total + sum;
+        total_products = total_products + products;
+      }
+      sums[image * 2 * padded + unit] = reduce_add(total);
+      sums[image * 2 * padded + padded + unit] = reduce_add(total_products);
+    });
+  }
+
+  // The same of NHWC images, and part_sums[image][bands][2][channels], zero at first.
+  void pixels(int64_t band, int64_t bands, A* part_sums, A* sums, const Parallel& pool) const {
+    w.for_parts(pool, w.p.batch * bands, [&](int64_t i) {
+      const int64_t image = i / bands, begin = i % bands * band, base = image * w.image_size();
+      const A *factors = affine.factors + image * affine.step,
+              *terms = affine.terms + image * affine.step,
+              *inverses = normalise.factors + image * normalise.step,
+              *offsets = normalise.terms + image * normalise.step;
+      A* part = part_sums + i * 2 * padded;
+      w.visit_pixels(begin, min_of(w.pixels, begin + band),
+                     [&](int64_t at, int64_t c, int lanes, int64_t n) {
+                       const Lanes of{load(factors + c), load(terms + c), load(inverses + c),
+                                      load(offsets + c)};
+                       V sum = load(part + c), products = load(part + padded + c);
+                       for (; n > 0; --n, at += w.p.channels)
+                         add(base + at, lanes, of, &sum, &products);
+                       store(part + c, sum);
+                       store(part + padded + c, products);
+                     });
+    });
+    for (int64_t i = 0; i < w.p.batch * bands; ++i) {
+      A* total = sums + i / bands * 2 * padded;
+      for (int64_t c = 0; c < 2 * padded; ++c) total[c] += part_sums[i * 2 * padded + c];
+    }
+  }
+};
 
 // averages[rows][2][channels]: of the normalised values' gradient, and of its product with them.
 template <class A>
@@ -348,7 +374,13 @@ void backward_typed(const ChannelNormBackward& b, const Parallel& pool) {
     grad = kept;
   }
   const size_t affine_size = affine_bytes<T>(p);
-  const size_t sums_size = static_cast<size_t>((p.batch + rows) * 2 * padded) * sizeof(A);
+  // What a thread takes at a time: a channel of an image, or a band of its pixels.
+  const int64_t band =
+      min_of(kRun, max_of<int64_t>(64, kBandElements / max_of<int64_t>(1, p.channels)));
+  const int64_t parts = p.channels_last ? ceil_div(w.pixels, band) : p.channels;
+  const int64_t part_sums = p.channels_last ? p.batch * parts : 0;
+  const size_t sums_size =
+      static_cast<size_t>((p.batch + rows + part_sums) * 2 * padded) * sizeof(A);
   auto* room = static_cast<char*>(scratch_bytes(Scratch::kCall, 2 * affine_size + sums_size));
   auto* sums = reinterpret_cast<A*>(room + 2 * affine_size);
   std::memset(room + 2 * affine_size, 0, sums_size);
@@ -357,7 +389,13 @@ void backward_typed(const ChannelNormBackward& b, const Parallel& pool) {
                            reinterpret_cast<A*>(room));
   const auto normalise = fold<A>(p, mean, variance, nullptr, nullptr, padded,
                                  reinterpret_cast<A*>(room + affine_size));
-  gradient_sums(b, w, affine, normalise, grad, sums, pool);
+  const GradientSums<T> gradients{
+      w,    affine, normalise, static_cast<const T*>(b.input), static_cast<const T*>(b.residual),
+      grad, kept,   padded};
+  if (p.channels_last)
+    gradients.pixels(band, parts, averages + rows * 2 * padded, sums, pool);
+  else
+    gradients.planes(sums, pool);
   for (int part = 0; part < 2; ++part) {
     auto* result = static_cast<A*>(part == 0 ? b.grad_bias : b.grad_weight);
     for (int64_t c = 0; result && c < p.channels; ++c) {
@@ -369,21 +407,43 @@ void backward_typed(const ChannelNormBackward& b, const Parallel& pool) {
   }
   if (!b.grad_input || p.batch * w.image_size() == 0) return;
   average_gradients(p, sums, weight, padded, averages);
+  // Per row, in place of its averages: what they take off the gradient of the input.
+  for (int64_t n = 0; n < rows; ++n)
+    for (int part = 0; part < 2; ++part)
+      for (int64_t c = 0; c < p.channels; ++c)
+        averages[(2 * n + part) * padded + c] *= normalise.factors[n * padded + c];
   const auto* input = static_cast<const T*>(b.input);
   auto* grad_input = static_cast<T*>(b.grad_input);
-  w.for_units(pool, [&](int64_t image, int64_t unit) {
-    const int64_t base = image * w.image_size();
-    const A* average = averages + (p.groups ? image : 0) * 2 * padded;
-    const V inverse = w.lanes_of(normalise.factors + image * normalise.step, unit);
-    const V offset = w.lanes_of(normalise.terms + image * normalise.step, unit);
-    const V factor = w.lanes_of(affine.factors + image * affine.step, unit);
-    const V first = w.lanes_of(average, unit) * inverse;
-    const V second = w.lanes_of(average + padded, unit) * inverse;
-    w.visit(unit, 0, w.pixels, [&](int64_t at, int lanes) {
-      const V normalised = fma(w.read(input + base + at, lanes), inverse, offset);
-      const V g = fma(w.read(kept + base + at, lanes), factor, zero<V>() - first);
-      w.write(grad_input + base + at, fnma(normalised, second, g), lanes);
-    });
+  const auto write_gradient = [&](int64_t at, int lanes, V factor, V inverse, V offset, V first,
+                                  V second) FMK_LAMBDA {
+    const V normalised = fma(w.read(input + at, lanes), inverse, offset);
+    const V g = fma(w.read(kept + at, lanes), factor, zero<V>() - first);
+    w.write(grad_input + at, fnma(normalised, second, g), lanes);
+  };
+  w.for_parts(pool, p.batch * parts, [&](int64_t i) {
+    const int64_t image = i / parts, base = image * w.image_size();
+    const A *average = averages + (p.groups ? image : 0) * 2 * padded,
+            *inverses = normalise.factors + image * normalise.step,
+            *offsets = normalise.terms + image * normalise.step,
+            *factors = affine.factors + image * affine.step;
+    if (p.channels_last) {
+      const int64_t begin = i % parts * band;
+      w.visit_pixels(begin, min_of(w.pixels, begin + band),
+                     [&](int64_t at, int64_t c, int lanes, int64_t n) {
+                       const V factor = load(factors + c), inverse = load(inverses + c),
+                               offset = load(offsets + c), first = load(average + c),
+                               second = load(average + padded + c);
+                       for (; n > 0; --n, at += p.channels)
+                         write_gradient(base + at, lanes, factor, inverse, offset, first, second);
+                     });
+    } else {
+      const int64_t c = i % parts;
+      const V factor = splat(factors[c]), inverse = splat(inverses[c]), offset = splat(offsets[c]),
+              first = splat(average[c]), second = splat(average[padded + c]);
+      w.visit_plane(c, 0, w.pixels, [&](int64_t at, int lanes) {
+        write_gradient(base + at, lanes, factor, inverse, offset, first, second);
+      });
+    }
   });
 }
 

@@ -23,6 +23,10 @@ enum class ConvAlgorithm : int32_t {
   kWinograd4 = 1,  // F(4x4, 3x3)
 };
 
+// Strides of a fused pool up to which a weight packed for Winograd is used; beyond, a call packs
+// the weight itself.
+constexpr int64_t kWinogradMaxPoolStride = 4;
+
 // What lies around an image: zeros, or the image continued.
 enum class PaddingMode : uint8_t { kZeros, kReflect, kReplicate, kCircular };
 

@@ -123,9 +123,8 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
   c.output = static_cast<T*>(p.grad_input);
   if constexpr (sizeof(T) <= 4) {
     // The same convolution seen from the other side.
-    if (!p.exact && s.axes == 2 && s.padding_mode == PaddingMode::kZeros &&
-        winograd_pays(turned(s))) {
-      view.y = view.x = {2, -1, 3};
+    if (!p.exact && winograd_pays(turned(s))) {
+      turn(s, &view);
       turn(s, &c);
       void* packed = scratch_bytes(Scratch::kCall, packed_winograd_bytes(view));
       pack_winograd_weight(view, packed, pool);
@@ -161,7 +160,7 @@ void grad_of_transposed_input(const ConvBackward& p, const T* grad, const Parall
   c.input = grad;
   c.output = static_cast<T*>(p.grad_input);
   if constexpr (sizeof(T) <= 4) {
-    if (!p.exact && s.axes == 2 && winograd_pays(s)) {
+    if (!p.exact && winograd_pays(s)) {
       void* packed = scratch_bytes(Scratch::kCall, packed_winograd_bytes(view));
       pack_winograd_weight(view, packed, pool);
       c.weight = packed;
@@ -177,8 +176,7 @@ void grad_of_transposed_input(const ConvBackward& p, const T* grad, const Parall
 template <class T>
 void grad_of_weight(const ConvBackward& p, const WeightGradient<T>& w, const Parallel& pool) {
   if constexpr (sizeof(T) <= 4) {
-    const bool planar = p.shape.axes == 2 && p.shape.padding_mode == PaddingMode::kZeros;
-    if (!p.exact && planar && w.grad_weight && winograd_gradient_pays(p.shape))
+    if (!p.exact && w.grad_weight && winograd_gradient_pays(p.shape))
       return winograd_weight_gradient(w, pool);
   }
   weight_gradient(w, pool);

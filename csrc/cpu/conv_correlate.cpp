@@ -372,7 +372,16 @@ struct Correlator {
                (group * split.padded_columns() + column) * elements * words +
                (range.e0 * words + range.w0) * width;
         in.ld_init = width;
+        // What is read next of the weight lies behind this, and comes from beyond L2 unless these
+        // panels have taken turns before.
+        const bool alone = panel1 - panel0 == 1;
+        const bool last_turn = panel + 1 == panel1 && tile1 == tiles.tiles;
+        const bool fetches = alone || tile0 == 0 || last_turn;
+        const int64_t fetched = alone ? 0 : tile0, shares = alone ? tiles.tiles : tile1 - tile0;
+        const char* next = reinterpret_cast<const char*>(in.b + count * in.words * width);
+        in.ahead_step = fetches ? ceil_div(width * int64_t(sizeof(Word<T>)), shares) : 0;
         for (int64_t t = tile0; t < tile1; ++t) {
+          in.ahead = fetches ? next + (t - fetched) * count * in.words * in.ahead_step : nullptr;
           const int64_t pixel = tiles.begin(t), at_pointer = (t - tile0) * tile_pointers;
           const int n = tiles.rows(t);
           in.rows = pointers + at_pointer;
@@ -482,7 +491,14 @@ struct Correlator {
 
 // A single long row per image (one axis) is cut: its pieces stay in the cache, and there is
 // something to share out.
-constexpr int64_t kSegmentPixels = 512;
+constexpr int64_t kMostSegmentPixels = 512, kFewestSegmentPixels = 64;
+
+template <class T>
+int64_t segment_pixels(const Correlation<T>& p) {
+  const int64_t pixel_bytes = p.groups * p.channels * static_cast<int64_t>(sizeof(Acc<T>));
+  const int64_t fitting = kBlockInputBytes / max_of<int64_t>(1, p.x.stride * pixel_bytes);
+  return max_of(kFewestSegmentPixels, min_of(kMostSegmentPixels, fitting));
+}
 
 template <class T>
 Correlation<T> segment_of(const Correlation<T>& p, int64_t begin, int64_t end) {
@@ -495,8 +511,9 @@ Correlation<T> segment_of(const Correlation<T>& p, int64_t begin, int64_t end) {
 
 template <class T, class D, bool kDepthwise>
 void run(const Correlation<T>& p, const Parallel& pool) {
-  if (p.out_rows() == 1 && p.x.out_size >= 2 * kSegmentPixels && p.pool.kernel_h == 0) {
-    const int64_t length = p.x.out_size, segments = length / kSegmentPixels;
+  const int64_t most = segment_pixels(p);
+  if (p.out_rows() == 1 && p.x.out_size >= 2 * most && p.pool.kernel_h == 0) {
+    const int64_t length = p.x.out_size, segments = length / most;
     const Parallel alone{};
     share_out(pool, min_of<int64_t>(pool.threads, segments), segments, p.moments.sharing(),
               [&](int64_t shard, int64_t i) {

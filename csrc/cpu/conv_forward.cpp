@@ -11,9 +11,8 @@ namespace fmk::FMK_ISA {
 namespace {
 
 ConvAlgorithm choose_algorithm(const ConvShape& s, bool exact) {
-  const bool planar = s.axes == 2 && s.padding_mode == PaddingMode::kZeros;
-  return !exact && planar && winograd_pays(s.transposed ? turned(s) : s) ? ConvAlgorithm::kWinograd4
-                                                                         : ConvAlgorithm::kDirect;
+  return !exact && winograd_pays(s.transposed ? turned(s) : s) ? ConvAlgorithm::kWinograd4
+                                                               : ConvAlgorithm::kDirect;
 }
 
 // Whether there may be rows of the convolution that no window covers: they are not computed.
@@ -35,7 +34,7 @@ template <class T>
 WeightView<T> winograd_view(const ConvShape& s, const T* weight) {
   if (!s.transposed) return weight_view(s, weight);
   WeightView<T> view = adjoint_view<T>(s, weight, nullptr);
-  view.y = view.x = {2, -1, 3};
+  turn(s, &view);
   return view;
 }
 
@@ -77,11 +76,12 @@ void pack_for(const ConvShape& s, ConvAlgorithm algorithm, const void* weight, v
 // then.
 bool packs_for_both(const ConvShape& s, ConvAlgorithm algorithm) {
   constexpr int64_t kLargeWeight = 256 * 256;
-  return algorithm == ConvAlgorithm::kWinograd4 && s.channels * s.out_channels > kLargeWeight;
+  return algorithm == ConvAlgorithm::kWinograd4 &&
+         s.kernel_d * s.channels * s.out_channels > kLargeWeight;
 }
 bool few_tiles(const ConvShape& s) {
   constexpr int64_t kFewTiles = 10;
-  return s.batch * ceil_div(s.out_height, 4) * ceil_div(s.out_width, 4) < kFewTiles;
+  return winograd_tiles(s) < kFewTiles;
 }
 size_t packed_bytes(const ConvShape& s, ConvAlgorithm algorithm) {
   const size_t direct = packs_for_both(s, algorithm) ? bytes_for(s, ConvAlgorithm::kDirect) : 0;

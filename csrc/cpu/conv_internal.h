@@ -170,23 +170,35 @@ void correlate_adjoint(const ConvShape&, const WeightView<T>&, const void* packe
                        PositionRange y, PositionRange x, Correlation<T> c, const Parallel&);
 
 // A convolution of stride 1 seen from the other side: the shape and the geometry of the convolution
-// with turned taps that its adjoint is, for kernels of three taps in height and width.
+// with turned taps that its adjoint is, for kernels of three taps in height and width, and any
+// number along the depth.
 FMK_INLINE ConvShape turned(const ConvShape& s) {
   ConvShape t = s;
   t.channels = s.out_channels;
   t.out_channels = s.channels;
+  t.depth = s.out_depth;
   t.height = s.out_height;
   t.width = s.out_width;
+  t.out_depth = s.depth;
   t.out_height = s.height;
   t.out_width = s.width;
   return t;
+}
+// The adjoint's weight, turned.
+template <class T>
+FMK_INLINE void turn(const ConvShape& s, WeightView<T>* adjoint) {
+  adjoint->z = {s.kernel_d - 1, -1, s.kernel_d};
+  adjoint->y = adjoint->x = {2, -1, 3};
 }
 template <class T>
 FMK_INLINE void turn(const ConvShape& s, Correlation<T>* c) {
   c->channels = s.out_channels / s.groups;
   c->out_channels = s.channels / s.groups;
+  c->z = {s.out_depth, s.depth, s.kernel_d, 1, s.padding_d - (s.kernel_d - 1) * s.dilation_d,
+          s.dilation_d};
   c->y = {s.out_height, s.height, 3, 1, s.padding_h - 2, 1};
   c->x = {s.out_width, s.width, 3, 1, s.padding_w - 2, 1};
+  c->place_z = {s.depth, 0, 1};
   c->place_y = {s.height, 0, 1};
   c->place_x = {s.width, 0, 1};
 }

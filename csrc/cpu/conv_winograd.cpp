@@ -23,37 +23,49 @@ constexpr int64_t kMaxPieces = kMaxBlockTiles;
 // Channels that are multiplied together: their part of a panel takes half of L1.
 constexpr int64_t kSlice = 16384 / (kPanelVecs * W * sizeof(float));
 
+// Planes of the output in all images, and the numbers that each of their pixels is a sum over: of
+// all channels of the planes under the kernel.
+template <class T>
+FMK_INLINE int64_t plane_count(const Correlation<T>& p) {
+  return p.batch * p.z.out_size;
+}
+template <class T>
+FMK_INLINE int64_t reduction(const Correlation<T>& p) {
+  return p.z.taps * p.channels;
+}
+
 // A cut of the output into pieces of rows and of the pieces into blocks of about kBlockTiles tiles.
-// Pieces of one image lie one after the other; a block is a run of pieces.
+// Pieces of one plane lie one after the other; a block is a run of pieces. Piece::image is a plane
+// here, its rows are counted from the plane's first.
 struct Plan {
   int64_t tile_columns;  // per row of tiles
-  int64_t pieces_per_image, out_rows, piece_count, pieces_per_block, blocks;
+  int64_t pieces_per_plane, out_rows, piece_count, pieces_per_block, blocks;
 
   template <class T>
   FMK_INLINE Plan of(const Correlation<T>& p, int64_t threads) {
     Plan plan;
     plan.tile_columns = ceil_div(p.x.out_size, kTile);
     plan.out_rows = p.pool.kernel_h ? p.pool.out_height : p.y.out_size;
-    const int64_t image_tiles = ceil_div(p.y.out_size, kTile) * plan.tile_columns;
-    const int64_t total = image_tiles * p.batch;
+    const int64_t plane_tiles = ceil_div(p.y.out_size, kTile) * plan.tile_columns;
+    const int64_t total = plane_tiles * plane_count(p);
     // As many blocks as the threads can share evenly; but of few tiles the threads share the output
     // channels, lest each of them read the whole weight.
     constexpr int64_t kMinShare = 24;
     const bool share_channels =
         total < kMinShare * threads && PanelSplit<VecF>::of(p.out_channels).count >= threads;
     const int64_t even = share_channels ? 1 : threads;
-    const int64_t blocks = ceil_div(ceil_div(total, block_tiles(p.channels)), even) * even;
+    const int64_t blocks = ceil_div(ceil_div(total, block_tiles(reduction(p))), even) * even;
     const int64_t tiles = max_of<int64_t>(1, ceil_div(total, blocks));
-    if (image_tiles <= tiles) {
-      plan.pieces_per_image = 1;
-      plan.pieces_per_block = min_of(kMaxPieces, tiles / image_tiles);
+    if (plane_tiles <= tiles) {
+      plan.pieces_per_plane = 1;
+      plan.pieces_per_block = min_of(kMaxPieces, tiles / plane_tiles);
     } else {
       const int64_t tile_rows = max_of<int64_t>(1, tiles / plan.tile_columns);
       const int64_t step = out_row_step(p), rows = tile_rows * kTile / pool_stride(p) / step * step;
-      plan.pieces_per_image = ceil_div(plan.out_rows, max_of(step, rows));
+      plan.pieces_per_plane = ceil_div(plan.out_rows, max_of(step, rows));
       plan.pieces_per_block = 1;
     }
-    plan.piece_count = plan.pieces_per_image * p.batch;
+    plan.piece_count = plan.pieces_per_plane * plane_count(p);
     plan.blocks = ceil_div(plan.piece_count, plan.pieces_per_block);
     return plan;
   }
@@ -61,17 +73,17 @@ struct Plan {
   template <class T>
   Piece piece(const Correlation<T>& p, int64_t index) const {
     Piece piece;
-    piece.image = index / pieces_per_image;
-    const int64_t part = index % pieces_per_image;
+    piece.image = index / pieces_per_plane;
+    const int64_t part = index % pieces_per_plane;
     const int64_t step = out_row_step(p), units = ceil_div(out_rows, step);
-    piece.out_begin = min_of(out_rows, units * part / pieces_per_image * step);
-    piece.out_end = min_of(out_rows, units * (part + 1) / pieces_per_image * step);
+    piece.out_begin = min_of(out_rows, units * part / pieces_per_plane * step);
+    piece.out_end = min_of(out_rows, units * (part + 1) / pieces_per_plane * step);
     piece.begin = conv_begin(p, piece.out_begin);
     piece.end = conv_end(p, piece.out_end);
     piece.own_begin = part == 0 ? 0 : conv_end(p, piece.out_begin);
     // Rows that no window needs still belong to the pre-activation.
     if (p.preactivation && part == 0) piece.begin = 0;
-    if (p.preactivation && part + 1 == pieces_per_image) piece.end = p.y.out_size;
+    if (p.preactivation && part + 1 == pieces_per_plane) piece.end = p.y.out_size;
     if (p.preactivation) piece.begin = min_of(piece.begin, piece.own_begin);
     piece.end = max_of(piece.begin, piece.end);
     piece.first_row = 0;
@@ -106,7 +118,7 @@ struct Plan {
 // One row of tiles of a piece: conv rows [y, y + rows), rows <= kTile, which are rows block_row,
 // ... of the block. `index` counts the short rows and the whole ones apart.
 struct TileRow {
-  int64_t image, y;
+  int64_t plane, y;
   int rows;
   int64_t block_row, index;
 };
@@ -212,8 +224,8 @@ class BlockRunner {
     direct_ = clamps && p.channels_last && (!q.kernel_h || pooled_);
     finished_ = direct_ || (clamps && !p.residual);
     const int64_t pixels = pooled_ ? q.out_height * q.out_width : p.y.out_size * p.x.out_size;
-    streams_ =
-        direct_ && !p.moments.wanted() && streamed(p.output, p.batch * pixels, p.out_channels);
+    streams_ = direct_ && !p.moments.wanted() &&
+               streamed(p.output, plane_count(p) * pixels, p.out_channels);
   }
   bool streams() const { return streams_; }
 
@@ -223,7 +235,7 @@ class BlockRunner {
     const int64_t tiles = slots_.count();
     if (tiles == 0) return;
     // One more line per tile: tiles whose size is a multiple of 4 KB would share L1 sets.
-    const int64_t ld_input = p_.channels * kPointCount + 16;
+    const int64_t ld_input = reduction(p_) * kPointCount + 16;
     auto* inputs =
         static_cast<float*>(scratch_bytes(Scratch::kRows, tiles * ld_input * sizeof(float)));
     if (p_.channels_last)
@@ -239,7 +251,7 @@ class BlockRunner {
       auto* products = static_cast<float*>(
           scratch_bytes(Scratch::kAccumulator, tiles * ld_product * sizeof(float)));
       multiply(inputs, ld_input,
-               static_cast<const float*>(p_.weight) + column * kPointCount * p_.channels, vecs,
+               static_cast<const float*>(p_.weight) + column * kPointCount * reduction(p_), vecs,
                products, ld_product);
       if (direct_) {
         const int64_t step = pooled_ ? 2 : 1;
@@ -248,7 +260,7 @@ class BlockRunner {
             products, ld_product, column, vecs, p_.out_channels, image_width, step,
             [&](const TileRow& row) {
               const int64_t at =
-                  (row.image * height + row.y / step) * image_width * p_.out_channels + column;
+                  (row.plane * height + row.y / step) * image_width * p_.out_channels + column;
               return Target<T>{p_.output + at, p_.residual ? p_.residual + at : nullptr};
             });
         add_moments(shard, column, min_of(p_.out_channels, column + width));
@@ -263,16 +275,26 @@ class BlockRunner {
                           });
       const Finisher<T> finisher{p_, column, min_of(width, p_.out_channels - column), width,
                                  finished_};
-      for (int i = 0; i < piece_count_; ++i) finisher.run(pieces_[i], rows);
+      for (int i = 0; i < piece_count_; ++i) finisher.run(in_image(pieces_[i]), rows);
       add_moments(shard, column, min_of(p_.out_channels, column + width));
     }
   }
 
  private:
+  // A piece of a plane as one of its image, whose rows are those of all planes.
+  Piece in_image(const Piece& of_plane) const {
+    Piece piece = of_plane;
+    piece.image = of_plane.image / p_.z.out_size;
+    const int64_t rows = of_plane.image % p_.z.out_size * p_.y.out_size;
+    for (int64_t* row :
+         {&piece.out_begin, &piece.out_end, &piece.begin, &piece.end, &piece.own_begin})
+      *row += rows;
+    return piece;
+  }
   void add_moments(int64_t shard, int64_t first, int64_t last) const {
     if (!p_.moments.wanted()) return;
     for (int i = 0; i < piece_count_; ++i) {
-      const Piece& piece = pieces_[i];
+      const Piece piece = in_image(pieces_[i]);
       p_.moments.add(shard, piece.image, piece.begin * p_.x.out_size, piece.end * p_.x.out_size,
                      first, last);
     }
@@ -290,7 +312,7 @@ class BlockRunner {
       for (int64_t y = piece.begin; y < piece.end; y += kTile) {
         const int rows = static_cast<int>(min_of<int64_t>(kTile, piece.end - y));
         const bool is_short = rows < kTile;
-        // Only whole images come several to a block, so all its short rows are equal.
+        // Only whole planes come several to a block, so all its short rows are equal.
         if (is_short) slots_.rows = rows;
         int64_t& count = is_short ? slots_.short_rows : slots_.whole_rows;
         tile_rows_[tile_row_count_++] = {piece.image, y, rows, block_rows_ + y - piece.begin,
@@ -300,7 +322,8 @@ class BlockRunner {
     }
   }
 
-  // inputs[slot][channels / W][point][W], from pixels of type S: NHWC where they lie, or staged.
+  // inputs[slot][tap_z][channels / W][point][W], from pixels of type S: NHWC where they lie, or
+  // staged.
   template <class S>
   void transform_inputs(float* inputs, int64_t ld) {
     const int64_t channels = p_.channels, columns = plan_.tile_columns;
@@ -310,34 +333,49 @@ class BlockRunner {
     auto* zero_row = static_cast<S*>(
         scratch_bytes(Scratch::kExtra, (channels + kWindow * staged_words) * sizeof(S)));
     std::memset(static_cast<void*>(zero_row), 0, channels * sizeof(S));
+    for (int64_t tap = 0; tap < p_.z.taps; ++tap)
+      transform_planes(tap, zero_row, staged_pixels, staged_words,
+                       inputs + tap * channels * kPointCount, ld);
+  }
+  // Those of the planes under one tap along the depth. zero_row: zeros for a pixel, and behind it
+  // the ring of kWindow staged rows.
+  template <class S>
+  void transform_planes(int64_t tap, S* zero_row, int64_t staged_pixels, int64_t staged_words,
+                        float* inputs, int64_t ld) {
+    const int64_t channels = p_.channels, columns = plan_.tile_columns;
     S* staged = zero_row + channels;
-    // Input rows [staged_from, staged_to) of an image are in the ring of kWindow rows.
-    int64_t staged_from = 0, staged_to = 0, staged_image = -1;
+    // Input rows [staged_from, staged_to) of a plane are in the ring.
+    int64_t staged_from = 0, staged_to = 0, staged_plane = -1;
 
     for (int64_t r = 0; r < tile_row_count_; ++r) {
       const TileRow& row = tile_rows_[r];
-      const T* image = p_.input + row.image * channels * p_.y.in_size * p_.x.in_size;
+      const T* image = p_.input + row.plane / p_.z.out_size * channels * p_.z.in_size *
+                                      p_.y.in_size * p_.x.in_size;
+      const int64_t z = p_.z.position(row.plane % p_.z.out_size, tap);
+      const bool plane_inside = z >= 0 && z < p_.z.in_size;
       const int64_t top = row.y + p_.y.offset;
-      if (!p_.channels_last) {
+      if (!p_.channels_last && plane_inside) {
         if constexpr (std::is_same_v<S, float>) {
-          const RowStage<T, float> stage{false,        1,           channels,     p_.y.in_size,
-                                         p_.x.in_size, p_.x.offset, staged_pixels};
-          if (staged_image != row.image || top < staged_from) staged_to = top;
+          const RowStage<T, float> stage{
+              false,        1,           channels,     p_.z.in_size * p_.y.in_size,
+              p_.x.in_size, p_.x.offset, staged_pixels};
+          if (staged_plane != row.plane || top < staged_from) staged_to = top;
           for (int64_t y = max_of(top, staged_to); y < top + kWindow; ++y)
-            if (y >= 0 && y < p_.y.in_size) stage.run(image, y, staged + wrapped(y) * staged_words);
+            if (y >= 0 && y < p_.y.in_size)
+              stage.run(image, z * p_.y.in_size + y, staged + wrapped(y) * staged_words);
           staged_from = top;
           staged_to = top + kWindow;
-          staged_image = row.image;
+          staged_plane = row.plane;
         }
       }
       const auto find_window = [&](int64_t tile, const S** window) {
         for (int i = 0; i < kWindow; ++i) {
           const int64_t y = top + i, x0 = tile * kTile + p_.x.offset;
-          const bool row_inside = y >= 0 && y < p_.y.in_size;
-          const S* from =
-              p_.channels_last
-                  ? reinterpret_cast<const S*>(image) + (y * p_.x.in_size + x0) * channels
-                  : staged + wrapped(y) * staged_words + tile * kTile * channels;
+          const bool row_inside = plane_inside && y >= 0 && y < p_.y.in_size;
+          const S* from = p_.channels_last
+                              ? reinterpret_cast<const S*>(image) +
+                                    ((z * p_.y.in_size + y) * p_.x.in_size + x0) * channels
+                              : staged + wrapped(y) * staged_words + tile * kTile * channels;
           for (int j = 0; j < kWindow; ++j) {
             const bool inside = row_inside && x0 + j >= 0 && x0 + j < p_.x.in_size;
             window[j * kWindow + i] = inside ? from + j * channels : zero_row;
@@ -372,16 +410,17 @@ class BlockRunner {
     const int64_t width = vecs * W;
     // Long reductions are cut so that a slice of the panel stays in L1 while all tiles pass over
     // it: a panel of any width comes from L2 once, and not once per row tile.
-    const int64_t slices = p_.channels <= kSlice + kSlice / 2 ? 1 : ceil_div(p_.channels, kSlice);
-    for (int point = 0; point < kPointCount; ++point, panel += p_.channels * width) {
+    const int64_t numbers = reduction(p_);
+    const int64_t slices = numbers <= kSlice + kSlice / 2 ? 1 : ceil_div(numbers, kSlice);
+    for (int point = 0; point < kPointCount; ++point, panel += numbers * width) {
       int64_t begin, end;
       slots_.range(point / kWindow, point % kWindow, &begin, &end);
       const int64_t tiles = ceil_div(end - begin, int64_t{kTileRows[vecs]});
       if (tiles == 0) continue;
       const int64_t rows = (end - begin) / tiles, longer = (end - begin) % tiles;  // by one row
       for (int64_t slice = 0; slice < slices; ++slice) {
-        const int64_t vec0 = p_.channels / W * slice / slices,
-                      vec1 = p_.channels / W * (slice + 1) / slices;
+        const int64_t vec0 = numbers / W * slice / slices,
+                      vec1 = numbers / W * (slice + 1) / slices;
         PointProduct in;
         in.a = inputs + begin * ld_input + (vec0 * kPointCount + point) * W;
         in.lda = ld_input;

@@ -1,12 +1,17 @@
 // Winograd F(4x4, 3x3) for correlations with 3 x 3 taps, stride 1 and dilation 1: 36 products
-// instead of 144 for sixteen outputs. Computed in float whatever the storage type; the error is a
-// few 1e-6 of the largest output (csrc/cpu/winograd_transforms.h), and a NaN or an infinity spreads
-// over the tile that holds it.
+// instead of 144 for sixteen outputs. With several taps along the depth, the products of the planes
+// under them are added up before they are transformed back. Computed in float whatever the storage
+// type; the error is a few 1e-6 of the largest output (csrc/cpu/winograd_transforms.h), and a NaN
+// or an infinity spreads over the tile that holds it.
 #pragma once
 
 #include "cpu/conv_internal.h"
 
 namespace fmk::FMK_ISA {
+
+FMK_INLINE int64_t winograd_tiles(const ConvShape& s) {
+  return s.batch * s.out_depth * ceil_div(s.out_height, 4) * ceil_div(s.out_width, 4);
+}
 
 // Whether a convolution of this shape has the form, and is expected to be faster in it. The
 // transforms of input and output cost in proportion to C + K, the weight's to C * K, the products
@@ -14,23 +19,23 @@ namespace fmk::FMK_ISA {
 // many uses.
 FMK_INLINE bool winograd_pays(const ConvShape& s) {
   const bool form = s.dtype != DType::kF64 && s.groups == 1 && s.kernel_h == 3 && s.kernel_w == 3 &&
-                    s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-  const int64_t pixels = s.batch * s.out_height * s.out_width;
+                    s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+                    s.axes >= 2 && s.stride_d == 1 && s.padding_mode == PaddingMode::kZeros;
+  constexpr int64_t kMaxReduction = 2304;  // bounds the transformed inputs of a block
+  const int64_t pixels = s.batch * s.out_depth * s.out_height * s.out_width;
   return form && s.channels >= 32 && s.out_channels >= 32 && s.channels % 16 == 0 &&
+         (s.kernel_d == 1 || s.kernel_d * s.channels <= kMaxReduction) &&
          (pixels == 0 || pixels >= 256);
 }
 // The same for the gradient of the weight, whose result costs as many products as a few dozen
 // tiles.
 FMK_INLINE bool winograd_gradient_pays(const ConvShape& s) {
   constexpr int64_t kMinTiles = 48, kMaxBufferFloats = 24 << 20;  // of each thread's buffer
-  const int64_t tiles = s.batch * ceil_div(s.out_height, 4) * ceil_div(s.out_width, 4);
+  const int64_t tiles = winograd_tiles(s);
   return winograd_pays(s) && tiles >= kMinTiles &&
-         36 * s.channels * s.out_channels <= kMaxBufferFloats;
+         36 * s.kernel_d * s.channels * s.out_channels <= kMaxBufferFloats;
 }
-// Strides up to this of a fused pool are supported.
-constexpr int64_t kWinogradMaxPoolStride = 4;
-
-// Packed: [panel][point][channels][width] floats.
+// Packed: [panel][point][tap_z][channels][width] floats.
 template <class T>
 size_t packed_winograd_bytes(const WeightView<T>&);
 template <class T>

@@ -2,9 +2,10 @@
 //
 //   grad_weight = G^T [ sum over tiles of (B^T d B) . (A g A^T) ] G
 //
-// with d a tile's input and g its 4x4 outputs' gradient. Per point the sum is a GEMM whose
-// reduction runs over tiles: a fourth of the multiplications of the direct sum. Every thread adds
-// up its share of the tiles in a buffer of its own; the buffers are added in a fixed order.
+// with d a tile's input and g its 4x4 outputs' gradient; with several taps along the depth, d lies
+// in another plane for each. Per point the sum is a GEMM whose reduction runs over tiles: a fourth
+// of the multiplications of the direct sum. Every thread adds up its share of the tiles in a buffer
+// of its own; the buffers are added in a fixed order.
 
 #include <type_traits>
 
@@ -42,15 +43,17 @@ FMK_NOINLINE void multiply_tiles(const float* a, const float* b, int64_t tiles, 
     FMK_FOR (j, NV) store(out + (i * NV + j) * W, acc[i][j]);
 }
 
-// Rows of an image as pixels of type S: NHWC where they lie, or staged as NHWC in a ring.
+// Rows of a plane as pixels of type S: NHWC where they lie, or staged as NHWC in a ring. Planes are
+// counted through all images.
 template <class T, class S>
 struct RowSource {
   const T* tensor;
   bool channels_last;
-  int64_t channels, height, width, offset, pixels;  // pixels [offset, offset + pixels) of a row
+  int64_t channels, planes, height, width;  // of an image
+  int64_t offset, pixels;                   // pixels [offset, offset + pixels) of a row
   int ring;
   S* memory;  // zeros for a pixel, then the ring
-  int64_t image = -1, from = 0, to = 0;
+  int64_t plane = -1, from = 0, to = 0;
 
   static size_t bytes(bool channels_last, int64_t channels, int64_t pixels, int ring) {
     return (channels + W + (channels_last ? 0 : ring * pixels * channels)) * sizeof(S);
@@ -58,18 +61,20 @@ struct RowSource {
   void clear_zeros() const {
     std::memset(static_cast<void*>(memory), 0, (channels + W) * sizeof(S));
   }
-  // Rows [first, first + ring) of an image are wanted next.
-  void seek(int64_t wanted_image, int64_t first) {
+  // Rows [first, first + ring) of a plane are wanted next.
+  void seek(int64_t wanted, int64_t first) {
     if (channels_last) {
-      image = wanted_image;
+      plane = wanted;
       return;
     }
     if constexpr (std::is_same_v<S, float>) {
-      const RowStage<T, float> stage{false, 1, channels, height, width, offset, pixels};
-      if (image != wanted_image || first < from) to = first;
-      image = wanted_image;
+      const RowStage<T, float> stage{false, 1, channels, planes * height, width, offset, pixels};
+      const T* image = tensor + wanted / planes * planes * channels * height * width;
+      const int64_t above = wanted % planes * height;
+      if (plane != wanted || first < from) to = first;
+      plane = wanted;
       for (int64_t y = max_of(first, to); y < first + ring; ++y)
-        if (y >= 0 && y < height) stage.run(tensor + image * channels * height * width, y, row(y));
+        if (y >= 0 && y < height) stage.run(image, above + y, row(y));
       from = first;
       to = first + ring;
     }
@@ -80,7 +85,7 @@ struct RowSource {
     if (y < 0 || y >= height || column < 0 || column >= width) return memory;
     if (channels_last)
       return reinterpret_cast<const S*>(tensor) +
-             ((image * height + y) * width + column) * channels;
+             ((plane * height + y) * width + column) * channels;
     return row(y) + x * channels;
   }
 
@@ -95,9 +100,10 @@ class TileGradient {
  public:
   TileGradient(const WeightGradient<T>& p, const Parallel& pool)
       : p_(p), split_(PanelSplit<VecF>::of(p.out_channels)) {
-    tile_rows_ = p.batch * ceil_div(p.y.out_size, kTile);
+    reduction_ = p.z.taps * p.channels;
+    tile_rows_ = p.batch * p.z.out_size * ceil_div(p.y.out_size, kTile);
     tile_columns_ = ceil_div(p.x.out_size, kTile);
-    products_ = split_.padded_columns() * p.channels * kPointCount;
+    products_ = split_.padded_columns() * reduction_ * kPointCount;
     buffer_ = products_ + split_.padded_columns();
     shards = min_of<int64_t>(pool.threads, tile_rows_);
     buffers_ = static_cast<float*>(scratch_bytes(Scratch::kCall, shards * buffer_ * sizeof(float)));
@@ -111,12 +117,14 @@ class TileGradient {
       accumulate<float>(shard);
   }
 
-  // Vectors of input channels x panels of output channels.
-  int64_t result_blocks() const { return p_.channels / W * split_.count; }
+  // Vectors of input channels of every tap along the depth x panels of output channels.
+  int64_t result_blocks() const { return reduction_ / W * split_.count; }
 
-  // G^T u G of one block, to grad_weight[k][c][tap].
+  // G^T u G of one block, to grad_weight[k][c][tap_z][tap].
   void finish_weight(int64_t block) const {
     const int64_t vec = block / split_.count, panel = block % split_.count;
+    const int64_t tap_z = vec / (p_.channels / W), first_channel = vec % (p_.channels / W) * W;
+    const int64_t channel_taps = p_.z.taps * kTaps;
     const int vecs = split_.width_vecs(panel);
     const int64_t width = vecs * W, column = split_.column(panel);
     const float* sums = buffers_ + block_offset(panel, vec);
@@ -127,9 +135,10 @@ class TileGradient {
       const VecF scale = p_.scale ? load(p_.scale + first, lanes) : splat(1.0f);
       for (int channel = 0; channel < W; ++channel)
         taps_of(sums + channel * width + j * W, width * W, scale, values + channel * kTaps);
-      T* to = p_.grad_weight + (first * p_.channels + vec * W) * kTaps;
-      for (int lane = 0; lane < lanes; ++lane, to += p_.channels * kTaps)
-        for (int i = 0; i < W * kTaps; ++i) narrow(to + i, values[i][lane]);
+      T* to = p_.grad_weight + (first * p_.channels + first_channel) * channel_taps + tap_z * kTaps;
+      for (int lane = 0; lane < lanes; ++lane, to += p_.channels * channel_taps)
+        for (int i = 0; i < W * kTaps; ++i)
+          narrow(to + i / kTaps * channel_taps + i % kTaps, values[i][lane]);
     }
   }
   void finish_sums() const {
@@ -147,7 +156,7 @@ class TileGradient {
  private:
   // A buffer is [panel][vector of channels][point][W][width], then the gradient's sums.
   int64_t block_offset(int64_t panel, int64_t vec) const {
-    return (split_.column(panel) * p_.channels + vec * W * split_.width_vecs(panel) * W) *
+    return (split_.column(panel) * reduction_ + vec * W * split_.width_vecs(panel) * W) *
            kPointCount;
   }
   VecF total(const float* at) const {
@@ -174,27 +183,29 @@ class TileGradient {
   void accumulate(int64_t shard) const {
     float* products = buffers_ + shard * buffer_;
     std::memset(products, 0, buffer_ * sizeof(float));
-    const int64_t image_rows = ceil_div(p_.y.out_size, kTile);
+    const int64_t plane_rows = ceil_div(p_.y.out_size, kTile);
     const int64_t first = tile_rows_ * shard / shards, last = tile_rows_ * (shard + 1) / shards;
     // One more line per tile, as in the forward pass.
-    const int64_t ld_input = p_.channels * kPointCount + 16;
+    const int64_t ld_input = reduction_ * kPointCount + 16;
     const int64_t ld_grad = split_.padded_columns() * kPointCount + 16;
     auto* inputs =
         static_cast<float*>(scratch_bytes(Scratch::kRows, kBlockTiles * ld_input * sizeof(float)));
     auto* grads =
         static_cast<float*>(scratch_bytes(Scratch::kPanel, kBlockTiles * ld_grad * sizeof(float)));
-    RowSource<T, S> input{p_.input,
-                          p_.channels_last,
-                          p_.channels,
-                          p_.y.in_size,
-                          p_.x.in_size,
-                          p_.x.offset,
-                          tile_columns_ * kTile + kWindow - kTile,
-                          kWindow,
-                          nullptr};
-    RowSource<T, S> grad{
-        p_.grad, p_.channels_last,      p_.out_channels, p_.y.out_size, p_.x.out_size,
-        0,       tile_columns_ * kTile, kTile,           nullptr};
+    RowSource<T, S> input{
+        p_.input,     p_.channels_last, p_.channels, p_.z.in_size,
+        p_.y.in_size, p_.x.in_size,     p_.x.offset, tile_columns_ * kTile + kWindow - kTile,
+        kWindow,      nullptr};
+    RowSource<T, S> grad{p_.grad,
+                         p_.channels_last,
+                         p_.out_channels,
+                         p_.z.out_size,
+                         p_.y.out_size,
+                         p_.x.out_size,
+                         0,
+                         tile_columns_ * kTile,
+                         kTile,
+                         nullptr};
     input.memory = static_cast<S*>(scratch_bytes(
         Scratch::kExtra, input.bytes(p_.channels_last, p_.channels, input.pixels, kWindow)));
     grad.memory = static_cast<S*>(scratch_bytes(
@@ -207,31 +218,44 @@ class TileGradient {
       tiles = 0;
     };
     for (int64_t row = first; row < last; ++row) {
-      const int64_t image = row / image_rows, y = row % image_rows * kTile;
-      input.seek(image, y + p_.y.offset);
-      grad.seek(image, y);
-      for (int64_t column = 0; column < tile_columns_; ++column) {
-        const S* windows[2][kPointCount];
-        find_window(input, y + p_.y.offset, column, windows[0]);
-        find_window(input, y + p_.y.offset, min_of(column + 1, tile_columns_ - 1), windows[1]);
-        transform_input<F>(windows[0], windows[1], p_.channels, inputs + tiles * ld_input);
-        const S* pixels[kTile * kTile];
-        for (int x = 0; x < kTile; ++x)
-          for (int i = 0; i < kTile; ++i)
-            pixels[x * kTile + i] = grad.at(y + i, column * kTile + x);
-        transform_gradient<F>(pixels, p_.out_channels, grads + tiles * ld_grad,
-                              products + products_);
-        if (++tiles == kBlockTiles) flush();
+      const int64_t plane = row / plane_rows, y = row % plane_rows * kTile;
+      grad.seek(plane, y);
+      for (int64_t column = 0; column < tile_columns_;) {
+        const int64_t end = min_of(tile_columns_, column + kBlockTiles - tiles);
+        for (int64_t tap = 0; tap < p_.z.taps; ++tap)
+          transform_windows(input, plane, tap, y, column, end,
+                            inputs + tiles * ld_input + tap * p_.channels * kPointCount, ld_input);
+        for (; column < end; ++column, ++tiles) {
+          const S* pixels[kTile * kTile];
+          for (int x = 0; x < kTile; ++x)
+            for (int i = 0; i < kTile; ++i)
+              pixels[x * kTile + i] = grad.at(y + i, column * kTile + x);
+          transform_gradient<F>(pixels, p_.out_channels, grads + tiles * ld_grad,
+                                products + products_);
+        }
+        if (tiles == kBlockTiles) flush();
       }
     }
     flush();
   }
+  // Tiles [begin, end) of a row of tiles: the input under one tap along the depth.
   template <class S>
-  static void find_window(const RowSource<T, S>& input, int64_t top, int64_t column,
-                          const S** window) {
-    for (int x = 0; x < kWindow; ++x)
-      for (int y = 0; y < kWindow; ++y)
-        window[x * kWindow + y] = input.at(top + y, column * kTile + x);
+  void transform_windows(RowSource<T, S>& input, int64_t plane, int64_t tap, int64_t row,
+                         int64_t begin, int64_t end, float* inputs, int64_t ld) const {
+    const int64_t z = p_.z.position(plane % p_.z.out_size, tap), top = row + p_.y.offset;
+    const bool inside = z >= 0 && z < p_.z.in_size;
+    if (inside) input.seek(plane / p_.z.out_size * p_.z.in_size + z, top);
+    const S* windows[2][kPointCount];
+    const auto find_window = [&](int64_t column, const S** window) {
+      for (int x = 0; x < kWindow; ++x)
+        for (int y = 0; y < kWindow; ++y)
+          window[x * kWindow + y] = inside ? input.at(top + y, column * kTile + x) : input.memory;
+    };
+    for (int64_t column = begin; column < end; ++column, inputs += ld) {
+      find_window(column, windows[0]);
+      find_window(min_of(column + 1, tile_columns_ - 1), windows[1]);
+      transform_input<F>(windows[0], windows[1], p_.channels, inputs);
+    }
   }
 
   void multiply(const float* inputs, int64_t ld_input, const float* grads, int64_t ld_grad,
@@ -247,7 +271,7 @@ class TileGradient {
         for (int64_t tile = 0; tile < tiles; ++tile)
           for (int j = 0; j < vecs; ++j)
             store(grad + tile * width + j * W, load(b + tile * ld_grad + j * kPointCount * W));
-        for (int64_t vec = 0; vec < p_.channels / W; ++vec) {
+        for (int64_t vec = 0; vec < reduction_ / W; ++vec) {
           const float* a = inputs + (vec * kPointCount + point) * W;
           for (int64_t tile = 0; tile < tiles; ++tile) {
             store(input + tile * W, load(a + tile * ld_input));
@@ -273,6 +297,7 @@ class TileGradient {
 
   const WeightGradient<T>& p_;
   PanelSplit<VecF> split_;
+  int64_t reduction_;  // rows of a product: input channels under all taps along the depth
   int64_t tile_rows_, tile_columns_;
   int64_t products_, buffer_;  // floats of the products, and of a whole buffer
   float* buffers_;

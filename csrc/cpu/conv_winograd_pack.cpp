@@ -16,13 +16,10 @@ constexpr int kRun = 16;
 // One more line per plane of the buffer, for the same reason.
 constexpr int64_t kPlane = kRun * kPanelVecs * W + 16;
 
-// The taps of `run` channels and one vector of columns, `lanes` of which exist.
+// The taps of `run` channels and one vector of columns, `lanes` of which exist, from `src` on.
 template <class T>
-void gather_taps(const WeightView<T>& w, int64_t column, int64_t lanes, int64_t channel, int run,
-                 float (*taps)[W]) {
-  const T* src = w.data + column * w.column_stride + channel * w.reduction_stride;
+void gather_taps(const WeightView<T>& w, const T* src, int64_t lanes, int run, float (*taps)[W]) {
 #if defined(__AVX512F__)
-  alignas(64) float rows[W * kTaps + 16];
   if (lanes == W && run == kRun && w.reduction_stride == kTaps) {
     // A column's channels and taps are one run.
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -39,12 +36,22 @@ void gather_taps(const WeightView<T>& w, int64_t column, int64_t lanes, int64_t 
   }
   if (lanes == W && w.column_stride == kTaps) {
     // A channel's columns and taps are one run.
-    alignas(64) float turned[W][W];
+    alignas(64) float rows[W * kTaps + 16], turned[W][W];
     for (int i = 0; i < run; ++i) {
       convert(src + i * w.reduction_stride, rows, W * kTaps);
       transpose_16x16(rows, kTaps, turned[0], W);
       std::memcpy(taps[i * kTaps], turned, kTaps * sizeof turned[0]);
     }
+    return;
+  }
+  if (lanes == W && run == kRun) {
+    constexpr int kRow = kRun * kTaps;
+    alignas(64) float block[W * kRow];
+    for (int lane = 0; lane < W; ++lane)
+      for (int i = 0; i < run; ++i)
+        convert(src + lane * w.column_stride + i * w.reduction_stride,
+                block + lane * kRow + i * kTaps, kTaps);
+    for (int i = 0; i < kTaps; ++i) transpose_16x16(block + i * W, kRow, taps[i * W], W);
     return;
   }
 #endif
@@ -76,8 +83,8 @@ void transform_weight(const float (*taps)[W], const int* tap, float scale, float
 
 template <class T>
 size_t packed_winograd_bytes(const WeightView<T>& w) {
-  return static_cast<size_t>(PanelSplit<VecF>::of(w.columns).padded_columns() * w.reduction *
-                             kPointCount) *
+  return static_cast<size_t>(PanelSplit<VecF>::of(w.columns).padded_columns() * w.z.count *
+                             w.reduction * kPointCount) *
          sizeof(float);
 }
 
@@ -89,29 +96,35 @@ void pack_winograd_weight(const WeightView<T>& w, void* packed, const Parallel& 
     for (int x = 0; x < 3; ++x)
       tap[3 * y + x] =
           static_cast<int>((w.y.first + y * w.y.step) * w.kernel_w + w.x.first + x * w.x.step);
-  const int64_t runs = ceil_div(w.reduction, int64_t{kRun}), units = split.count * runs;
-  const int64_t shards = w.columns * w.reduction < 2048 ? 1 : min_of<int64_t>(pool.threads, units);
+  const int64_t tap_runs = ceil_div(w.reduction, int64_t{kRun}), runs = w.z.count * tap_runs;
+  const int64_t units = split.count * runs, rows = w.z.count * w.reduction;
+  const int64_t shards = w.columns * rows < 2048 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
     alignas(64) float taps[kRun * kTaps][W];
     auto* points =
         static_cast<float*>(scratch_bytes(Scratch::kTile, kPointCount * kPlane * sizeof(float)));
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
-      const int64_t panel = unit / runs, first = unit % runs * kRun;
+      const int64_t panel = unit / runs, tap_z = unit % runs / tap_runs;
+      const int64_t first = unit % runs % tap_runs * kRun;
       const int run = static_cast<int>(min_of<int64_t>(kRun, w.reduction - first));
       const int vecs = split.width_vecs(panel);
       const int64_t width = vecs * W, column = split.column(panel);
       for (int vec = 0; vec < vecs; ++vec) {
         const int64_t lanes = min_of<int64_t>(W, w.columns - column - vec * W);
-        gather_taps(w, column + vec * W, lanes, first, run, taps);
+        const int64_t at = (w.z.first + tap_z * w.z.step) * w.kernel_h * w.kernel_w;
+        gather_taps(w,
+                    w.data + at + (column + vec * W) * w.column_stride + first * w.reduction_stride,
+                    lanes, run, taps);
         for (int i = 0; i < run; ++i) {
           const float scale =
               w.reduction_scale ? static_cast<float>(w.reduction_scale[first + i]) : 1.0f;
           transform_weight(taps + i * kTaps, tap, scale, points + i * width + vec * W, kPlane);
         }
       }
-      float* to = static_cast<float*>(packed) + column * kPointCount * w.reduction + first * width;
+      float* to = static_cast<float*>(packed) + column * kPointCount * rows +
+                  (tap_z * w.reduction + first) * width;
       for (int point = 0; point < kPointCount; ++point)
-        std::memcpy(to + point * w.reduction * width, points + point * kPlane,
+        std::memcpy(to + point * rows * width, points + point * kPlane,
                     run * width * sizeof(float));
     }
   });

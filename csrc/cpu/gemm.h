@@ -174,9 +174,11 @@ FMK_NOINLINE void tile(const TileOperands<Mac>& in, const Finish& finish) {
   } else {
     const Word* const* rows = in.rows;
     const int64_t rows_step = in.batch_step ? 0 : MR;
+    const char* ahead = static_cast<const char*>(in.ahead);
+    const int64_t ahead_element = in.ahead ? words * in.ahead_step : 0;
     for (int64_t element = 0; element < in.batch; ++element, rows += rows_step, b += words * ldb)
       accumulate_rows<Mac, kPrefetch>(acc, rows, words, b, ldb, element * in.batch_step,
-                                      static_cast<const char*>(in.ahead), in.ahead_step);
+                                      ahead + element * ahead_element, in.ahead_step);
   }
   add_sums(acc, in.init, in.ld_init, in.init_vec_step);
   finish.template run<MR, NV>(acc[0]);

@@ -34,7 +34,6 @@ ConvShape check_weight(const Tensor& weight, const Ints& stride, const Ints& pad
                        const Ints& dilation, int64_t groups, bool transposed,
                        const std::string& padding_mode, AllOptions* options) {
   check_cpu(weight, "weight");
-  check_contiguous(weight, "weight");
   FMK_CHECK(weight.dim() >= 3 && weight.dim() <= 5 && weight.numel() > 0,
             "weight: expected three to five dimensions, none of them empty");
   const size_t axes = static_cast<size_t>(weight.dim() - 2);
@@ -164,6 +163,11 @@ ConvForward bare_forward(const Conv& c, const Tensor& input, const Tensor& weigh
       p.packed_weight = panels;
     }
   }
+  // Where the kernel reads what was packed, the weight itself may lie as it likes. Kernels of 1x1
+  // read either.
+  const bool unread =
+      p.packed_weight && c.shape.taps() > 1 && p.pool.stride_h <= kWinogradMaxPoolStride;
+  if (!unread) check_contiguous(weight, "weight");
   p.input = data_of(input);
   p.weight = data_of(weight);
   p.bias = data_of(bias);
@@ -237,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const std::optional<std::string>& activation, const std::optional<std::string>& pool,
     const Ints& window, bool need_input, bool need_weight, bool need_bias, bool need_scale,
     bool need_shift, bool need_residual, bool exact) {
+  check_contiguous(weight, "weight");
   const Conv c = check_conv(input, weight, stride, padding, dilation, groups, transposed,
                             padding_mode, pool, window);
   const bool channels_last = c.shape.channels_last;
@@ -301,6 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
 Tensor conv_pack_weight(const Tensor& weight, const Ints& stride, const Ints& padding,
                         const Ints& dilation, int64_t groups, bool transposed,
                         const std::string& padding_mode, bool exact) {
+  check_contiguous(weight, "weight");
   AllOptions options;
   const ConvShape shape =
       check_weight(weight, stride, padding, dilation, groups, transposed, padding_mode, &options);

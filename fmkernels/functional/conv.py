@@ -28,7 +28,7 @@ from fmkernels.functional._conv_arguments import (
 )
 from fmkernels.functional.pool import pool_image
 from fmkernels.ops import _activations
-from fmkernels.ops.conv import autograd
+from fmkernels.ops.conv import autograd, quick
 from fmkernels.ops.conv.backends import fuses_pool
 from fmkernels.ops.conv.geometry import ConvOptions
 
@@ -511,6 +511,12 @@ def _conv(
         pool,
         edges,
     )
+    if state is None and plan.pool is None:
+        output = quick.conv(
+            input, weight, bias, scale, shift, residual, packed_weight, plan.options, backend
+        )
+        if output is not None:
+            return output
     return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
 
 

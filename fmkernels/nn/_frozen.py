@@ -84,7 +84,8 @@ class Freezable(nn.Module):
                 self._pack()
         elif self._checks_each_call:
             self._check_packed()
-        return tuple(getattr(self, name) for name in self._frozen_names)
+        buffers = self._buffers
+        return tuple([buffers[name] for name in self._frozen_names])
 
     def _check_packed(self) -> None:
         with (
@@ -103,9 +104,12 @@ class Freezable(nn.Module):
 
     def _source_identity(self) -> tuple:
         return tuple(
-            # Inference tensors have no version counter, and cannot change outside inference mode.
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
-            for t in self._packing_sources()
+            [
+                # Inference tensors have no version counter, and cannot change outside inference
+                # mode.
+                (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+                for t in self._packing_sources()
+            ]
         )
 
 
@@ -120,8 +124,18 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
     """By name; plain ones without the detour by getattr, which takes longer than a look-up."""
-    plain = module._parameters
-    return [plain[name] if name in plain else getattr(module, name) for name in names]
+    return _looked_up(module, module._parameters, names)
+
+
+def buffers_of(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
+    """The same of buffers."""
+    return _looked_up(module, module._buffers, names)
+
+
+def _looked_up(
+    module: nn.Module, table: dict[str, Tensor | None], names: Sequence[str]
+) -> list[Tensor | None]:
+    return [table[name] if name in table else getattr(module, name) for name in names]
 
 
 def adopt(layer: nn.Module, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from fmkernels import functional as F
 from fmkernels._dispatch import check_backend_name
 from fmkernels.functional._conv_arguments import Pool, check_pool, check_window, parse_pool
 from fmkernels.functional.conv import conv_with_statistics
-from fmkernels.nn._frozen import Freezable
+from fmkernels.nn._frozen import Freezable, buffers_of, parameters_of
 from fmkernels.nn.conv import pack_conv
 from fmkernels.ops import _activations
 from fmkernels.ops.conv.autograd_norm import norm as norm_image
@@ -126,7 +126,7 @@ class _ConvBlock(Freezable, nn.Module):
             else:
                 conv, mean, variance = self._conv_with_statistics(input, packed_weight)
             return self._norm_of(conv, residual, activation, pool, mean, variance)
-        if norm is not None and (scale is None or _needs_graph(norm.weight, norm.bias)):
+        if norm is not None and (scale is None or _needs_graph(norm)):
             scale, shift = _fold_batch_norm(norm, input.dtype)
         return self._conv(
             input,
@@ -152,7 +152,8 @@ class _ConvBlock(Freezable, nn.Module):
 
     def _conv_arguments(self) -> tuple[Any, ...]:
         conv = self.conv
-        return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        parameters = parameters_of(conv, ("weight", "bias"))
+        return *parameters, conv.stride, conv.padding, conv.dilation, conv.groups
 
     def _conv_options(self, packed_weight: Tensor | None) -> dict[str, Any]:
         return {
@@ -208,10 +209,12 @@ class _ConvBlock(Freezable, nn.Module):
 
     def _packing_sources(self) -> tuple[Tensor, ...]:
         norm = self.norm
+        weight = parameters_of(self.conv, ("weight",))
         if not _has_running_statistics(norm):
-            return (self.conv.weight,)
-        folded = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return (self.conv.weight, *(t for t in folded if t is not None))
+            return tuple(weight)
+        folded = parameters_of(norm, ("weight", "bias"))
+        folded += buffers_of(norm, ("running_mean", "running_var"))
+        return (*weight, *[t for t in folded if t is not None])
 
     def _compute_packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         scale = shift = None
@@ -266,7 +269,9 @@ class ConvBlock1d(_ConvBlock):
 
 
 def _has_running_statistics(norm: nn.Module | None) -> bool:
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    return buffers_of(norm, ("running_mean",))[0] is not None
 
 
 def _uses_statistics_of_input(norm: nn.Module) -> bool:
@@ -274,8 +279,9 @@ def _uses_statistics_of_input(norm: nn.Module) -> bool:
     return norm.training or not _has_running_statistics(norm)
 
 
-def _needs_graph(*parameters: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+def _needs_graph(norm: nn.Module) -> bool:
+    parameters = (norm.weight, norm.bias) if torch.is_grad_enabled() else ()
+    return any(p is not None and p.requires_grad for p in parameters)
 
 
 def _fold_batch_norm(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from fmkernels.ops.conv.autograd_causal import causal_conv
 from fmkernels.ops.conv.autograd_pool import pool
 from fmkernels.ops.conv.backends import CONV, fuses_pool
 from fmkernels.ops.conv.geometry import ConvOptions, in_layout, is_channels_last, window_parts
+from fmkernels.ops.conv.schema import PACKED_POOL_STRIDE
 
 _OPTION_COUNT = len(ConvOptions._fields)
 
@@ -182,23 +183,35 @@ def _dispatch(
     statistics = statistics and implementation.statistics is not None
     channels_last = is_channels_last(input)
     opmath = opmath_dtype(input.dtype)
+    exact = current_precision() == "exact"
+    graph = needs_graph(*tensors)
     input = in_layout(input, channels_last)
     # Triton's kernels read a channels-last weight in place; packing it would be another launch.
     if name != "triton" or torch.compiler.is_compiling():
-        weight = weight.contiguous()
+        unread = packed_weight if name == "cpu" and not graph and not statistics else None
+        weight = readable_weight(weight, unread, options, exact)
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.to(opmath).contiguous()
     shift = None if shift is None else shift.to(opmath).contiguous()
     residual = None if residual is None else in_layout(residual, channels_last)
     tensors = (input, weight, bias, scale, shift, residual)
-    exact = current_precision() == "exact"
-    if needs_graph(*tensors):
+    if graph:
         results = _Conv.apply(*tensors, packed_weight, name, exact, statistics, *options)
         return results if statistics else (results, None, None)
     output, _, _, *moments = _forward(
         tensors, packed_weight, implementation, exact, statistics, options, False
     )
     return (output, *moments) if statistics else (output, None, None)
+
+
+def readable_weight(
+    weight: Tensor, packed_weight: Tensor | None, options: ConvOptions, exact: bool
+) -> Tensor:
+    """The weight as conv_forward of the native kernels wants it: any, where it is not read."""
+    packed = packed_weight is not None and not exact and max(weight.shape[2:]) > 1
+    if packed and max(window_parts(options.window)[1], default=0) <= PACKED_POOL_STRIDE:
+        return weight
+    return weight.contiguous()
 
 
 def op_name(options: ConvOptions) -> str:

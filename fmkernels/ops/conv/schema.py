@@ -6,6 +6,8 @@ conv_forward computes
 * ``input`` (N, C, *spatial) is contiguous or channels last (see geometry.py); ``weight`` is
   contiguous, (O, C / groups, *kernel), or (C, O / groups, *kernel) if ``transposed``; ``bias`` is
   (O); ``residual`` has the shape of the convolution's output. All share one dtype.
+* ``weight`` may have any strides in a conv_forward that reads ``packed_weight`` in its place: with
+  more than one tap, not ``exact``, and with a pool of strides up to PACKED_POOL_STRIDE.
 * ``scale`` and ``shift`` (O) are float32, or float64 if the others are.
 * ``output``, ``residual`` and everything else that is shaped like an image has ``input``'s layout.
 * The integers and names are the fields of geometry.ConvOptions, which documents them.
@@ -47,6 +49,7 @@ from fmkernels.ops.conv.geometry import (
     pooled_shape,
 )
 
+PACKED_POOL_STRIDE = 4
 RELU_ZERO = 255  # no position: a fused window holds at most 9 elements
 
 _OPTIONS = (

@@ -1,9 +1,7 @@
 """The everyday call of a recurrent layer or cell: on the CPU, without autocast and random masks.
 
-Checking each operand in Python takes longer than a short sequence does, so these functions hand
-unchecked operands to the native ops, which check what they are given. They answer None where the
-call is not an everyday one, or raised: the caller then takes the checked way, which raises again
-and names the argument, so nothing is lost.
+As fmkernels.ops._quick has it: checking each operand in Python takes longer than a short sequence
+does.
 """
 
 from __future__ import annotations
@@ -13,35 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fmkernels._dispatch import Backend, current_backend, record_decision
+from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.rnn.autograd import NO_MASKS, SIMPLE, Extra, lstm_layer
 from fmkernels.ops.rnn.backends import LSTM
 from fmkernels.ops.rnn.schema import PLAIN_LSTM, LSTMOptions
 
 _UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
-# What unchecked operands can raise.
-_CLOSER_LOOK = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-
-
-def _is_ordinary(
-    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
-) -> bool:
-    requested = current_backend() if backend is None else backend
-    if (
-        requested not in ("auto", "cpu")
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or not input.is_cpu
-        or input.size(-1) == 0
-        or not backends["cpu"].supports(input).ok
-    ):
-        return False
-    for tensor in others:
-        if not tensor.is_cpu:
-            return False
-    if requested == "auto":
-        record_decision(op, "cpu")
-    return True
 
 
 def _layers_of(
@@ -108,7 +83,7 @@ def lstm(
         else:
             return None
         layers = _layers_of(weights, packed_weights, num_layers)
-        if layers is None or not _is_ordinary("lstm", LSTM, backend, input, h0, c0, *weights):
+        if layers is None or not is_ordinary("lstm", LSTM, backend, input, h0, c0, *weights):
             return None
 
         def run_layer(is_last, input, states, own, packed):
@@ -118,7 +93,7 @@ def lstm(
             )  # fmt: skip
 
         results = _run_stack(input, (h0, c0), layers, directions, run_layer)
-    except _CLOSER_LOOK:
+    except CLOSER_LOOK:
         return None
     return results if return_cells else results[:3]
 
@@ -147,7 +122,7 @@ def simple(
             return None
         layers = _layers_of(weights, packed_weights, num_layers)
         backends, run_kind = SIMPLE[kind]
-        if layers is None or not _is_ordinary(kind, backends, backend, input, h0, *weights):
+        if layers is None or not is_ordinary(kind, backends, backend, input, h0, *weights):
             return None
 
         def run_layer(_, input, states, own, packed):
@@ -156,7 +131,7 @@ def simple(
             )
 
         return _run_stack(input, (h0,), layers, directions, run_layer)
-    except _CLOSER_LOOK:
+    except CLOSER_LOOK:
         return None
 
 
@@ -177,13 +152,13 @@ def lstm_cell(
             h, c = hx
         if c.dtype != input.dtype:
             return None
-        if not _is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
+        if not is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
             return None
         options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
         return lstm_layer(
             "cpu", input, h, c, weights, packed_weight, NO_MASKS, options, False, False
         )[1:3]
-    except _CLOSER_LOOK:
+    except CLOSER_LOOK:
         return None
 
 
@@ -203,11 +178,11 @@ def simple_cell(
         if h is None:
             h = input.new_zeros(input.size(0), weights[1].size(1))
         backends, run_layer = SIMPLE[kind]
-        if not _is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
+        if not is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
             return None
         has_biases = len(weights) == 4
         return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
             1
         ]
-    except _CLOSER_LOOK:
+    except CLOSER_LOOK:
         return None
