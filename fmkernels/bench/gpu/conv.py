@@ -21,6 +21,7 @@ from fmkernels.ops.conv.geometry import (
 from fmkernels.ops.conv.triton_configs import (
     BACKWARD_CONFIGS,
     DEPTHWISE_CONFIGS,
+    EPILOGUE_CONFIGS,
     GATHER_CONFIGS,
     ROW_CONFIGS,
 )
@@ -30,7 +31,7 @@ KERNELS = (
     Kernel("conv_bwd_kernel", BACKWARD_CONFIGS, matrix=True),
     Kernel("conv_depthwise_fwd_kernel", DEPTHWISE_CONFIGS),
     Kernel("conv_depthwise_bwd_kernel", DEPTHWISE_CONFIGS),
-    Kernel("conv_bwd_epilogue_kernel", ROW_CONFIGS),
+    Kernel("conv_bwd_epilogue_kernel", EPILOGUE_CONFIGS),
     Kernel("pool_fwd_kernel", ROW_CONFIGS),
     Kernel("channel_norm_stats_kernel", ROW_CONFIGS),
     Kernel("channel_norm_fwd_kernel", ROW_CONFIGS),

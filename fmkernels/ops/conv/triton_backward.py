@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import triton
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from fmkernels.ops.conv.geometry import (
     new_image,
     window_parts,
 )
-from fmkernels.ops.conv.triton_configs import BACKWARD_CONFIGS, DEPTHWISE_CONFIGS, ROW_CONFIGS
+from fmkernels.ops.conv.triton_configs import BACKWARD_CONFIGS, DEPTHWISE_CONFIGS, EPILOGUE_CONFIGS
 from fmkernels.ops.conv.triton_depthwise import conv_depthwise_bwd_kernel
 from fmkernels.ops.conv.triton_forward import launch_convolution
 from fmkernels.ops.conv.triton_gemm import (
@@ -159,7 +160,8 @@ def _epilogue_backward(
         grad_conv, write_conv = grad_pre, False
     elif write_conv:
         grad_conv = new_image(input, shape, channels_last)
-    setting = ROW_CONFIGS[architecture()]["rows"]
+    case = "double" if input.dtype is torch.float64 else "rows"
+    setting = EPILOGUE_CONFIGS[architecture()][case]
     row_programs, column_programs = row_grid(setting, batch, size, channels)
     # Few enough row programs that their partial sums are quickly added, enough to fill the device.
     wanted = max(1, 8 * multiprocessors(input) // column_programs)

@@ -92,12 +92,18 @@ DEPTHWISE_CONFIGS = {
     },
     "interpret": {"rows": config(4, 1, BLOCK_M=128, BLOCK_N=32)},
 }
-# Bound by memory: 16 or 32 elements per thread, so that each reads 16 bytes at a time. With 32 the
-# pool spills on sm_100, and the epilogue's backward in float64 on sm_80.
+# Bound by memory: 16 or 32 elements per thread, so that each reads 16 bytes at a time. On sm_100
+# the pool spills with 32.
 ROW_CONFIGS = {
     **{
         arch: {"rows": config(warps, 1, BLOCK_M=64, BLOCK_N=64)}
-        for arch, warps in (("sm_80", 8), ("sm_90", 4), ("sm_100", 8), ("gfx942", 4))
+        for arch, warps in (("sm_80", 4), ("sm_90", 4), ("sm_100", 8), ("gfx942", 4))
     },
     "interpret": {"rows": config(4, 1, BLOCK_M=128, BLOCK_N=32)},
+}
+# "double": float64, which spills on sm_80 with 32 elements, as bfloat16 with a pool does with 16.
+EPILOGUE_CONFIGS = {
+    arch: rows
+    | {"double": config(8, 1, BLOCK_M=64, BLOCK_N=64) if arch == "sm_80" else rows["rows"]}
+    for arch, rows in ROW_CONFIGS.items()
 }
