@@ -5,6 +5,8 @@ Beside what the family's own tests run on every backend: both plans for the same
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -185,6 +187,19 @@ def check(layer):
 def test_kinds(kind, options, plan, dtype, plan_of):
     plan_of(plan)
     check(Layer(kind, dtype, **options))
+
+
+@plans
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_lengths_beyond_the_steps_are_cut_off(kind, plan, plan_of):
+    """Nobody looks at lengths on a GPU before the kernel does."""
+    plan_of(plan)
+    layer = Layer(kind, torch.float32, batch=4, lengths=[2**32 + 1, -1, 2**31, 3])
+    cut = copy.copy(layer)
+    cut.masks = (torch.tensor([STEPS, 0, STEPS, 3]), *layer.masks[1:])
+    expected = cut.results(kernels)
+    for name, value in layer.results(kernels).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @plans

@@ -172,12 +172,17 @@ def step_time(step, steps, direction):
 
 @triton.jit
 def load_lengths(lengths_ptr, first, batch, steps, ROWS: tl.constexpr):
-    """How many steps each row of a tile takes part in: (ROWS, 1)."""
+    """How many steps each row of a tile takes part in: (ROWS, 1).
+
+    Lengths are the caller's data on the device, in int64: they are cut off at what there is before
+    they lose their upper half.
+    """
     rows = first + tl.arange(0, ROWS)
     if lengths_ptr is None:
         return (rows * 0 + steps)[:, None]
     else:
-        return tl.load(lengths_ptr + rows, mask=rows < batch, other=0).to(tl.int32)[:, None]
+        lengths = tl.load(lengths_ptr + rows, mask=rows < batch, other=0)
+        return tl.minimum(tl.maximum(lengths, 0), steps).to(tl.int32)[:, None]
 
 
 @triton.jit
