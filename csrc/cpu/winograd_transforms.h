@@ -23,7 +23,6 @@ struct WinogradF4 {
   static constexpr float kRootHalf = 0.70710678118654752f, kRoot2 = 1.41421356237309505f;
 
   // Rows of B^T d and of A^T m that are computed together.
-  static constexpr int kInputPairs = 3, kOutputPairs = 2;
   static constexpr int kInputRows[3][2] = {{0, 5}, {1, 2}, {3, 4}};
   static constexpr int kOutputRows[2][2] = {{0, 2}, {1, 3}};
 
