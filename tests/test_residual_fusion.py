@@ -193,6 +193,17 @@ class SummingBody(Summing):
         return self.call(self.body(x), y)
 
 
+class Same(Summing):
+    """With an identity between the norm and the sum."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.same = nn.Identity()
+
+    def forward(self, x, y):
+        return F.relu(self.same(self.bn(self.conv(x))) + y)
+
+
 def in_place(a, b):
     a += b
     return a
@@ -491,15 +502,30 @@ class TestBranches:
         torch.testing.assert_close(model.body[1](x), theirs.body[1](x))
         torch.testing.assert_close(model.body[1][0](x), theirs.body[1][0](x))
 
-    @pytest.mark.parametrize("where", ["body", "body.1", "conv"])
+    def test_body_that_ends_in_something_else(self):
+        for last in (nn.ReLU(), nn.AvgPool2d(1), PreActivation(), nn.Conv2d(4, 4, 1)):
+            model = SummingBody(lambda a, b: F.relu(a + b))
+            model.body.append(last)
+            expected = {"body.2": "Conv2d + add + relu"} if isinstance(last, nn.Conv2d) else {}
+            if isinstance(last, PreActivation):
+                expected = {"body.2.conv2": "Conv2d + add"}
+            replace_and_compare(model, images(), images(), expected=expected)
+
+    @pytest.mark.parametrize("where", ["body", "body.1", "body.2", "conv", "bn", "same"])
     def test_hooks(self, where):
-        model = SummingBody(lambda a, b: F.relu(a + b)) if where != "conv" else Summing(in_place)
+        model = SummingBody(lambda a, b: F.relu(a + b)) if "body" in where else Same()
+        if "body" in where:
+            model.body.append(nn.Identity())
         seen = []
         model.get_submodule(where).register_forward_hook(lambda m, args, out: seen.append(out))
         report = replace_and_compare(model, images(), images())
         assert sums(report) == {}
         for ours, theirs in zip(seen[::2], seen[1::2], strict=True):
             torch.testing.assert_close(ours, theirs)
+
+    def test_identities_are_passed_over(self):
+        expected = {"conv": "Conv2d + BatchNorm2d + add + relu"}
+        replace_and_compare(Same(), images(), images(), expected=expected)
 
     def test_body_in_two_places_or_called_twice(self):
         model = SummingBody(lambda a, b: F.relu(a + b))

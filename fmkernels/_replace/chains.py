@@ -68,10 +68,10 @@ def plan(model: nn.Module, heads: dict[str, nn.Module]) -> Fusion:
 
 @dataclass
 class _Tail:
-    """A module that returns a chain's value, which a sum may still be added to.
+    """A module that returns a chain's value.
 
     Attributes:
-        chain: the layer, with a norm at most.
+        chain: which a sum may be the next step of.
         through: the paths of the modules to hand a residual through, from the outermost.
     """
 
@@ -187,7 +187,7 @@ class _Planner:
             tail, member = _Tail(current, ()), current.path.rpartition(".")[2]
         else:
             member = children[-1][0]
-        if tail is not None and _may_be_added_to(tail.chain):
+        if tail is not None:
             self._tails[path] = _Tail(tail.chain, (path, *tail.through))
             self._tail_members[path] = member
 
@@ -234,7 +234,7 @@ class _Planner:
         ]
         if (
             all(len(nodes) == 1 and nodes[0].target[0] != "*" for nodes in parameters)
-            and all(item is not None and _may_be_added_to(item.chain) for item in returned)
+            and None not in returned
             and len({item.chain.path for item in returned}) == 1
         ):
             self._tails[path] = _Tail(returned[0].chain, (path, *returned[0].through))
@@ -440,10 +440,6 @@ def _is_returned(item: _Found) -> bool:
 
 def _takes_one_argument(call: fx.Node) -> bool:
     return len(call.args) == 1 and not call.kwargs
-
-
-def _may_be_added_to(chain: Chain) -> bool:
-    return {step.kind for step in chain.steps} <= {steps.NORM}
 
 
 def _kernel_area(head: nn.Module) -> int:
