@@ -25,6 +25,13 @@ constexpr int64_t kStripTiles = 8;               // tiles that the panels take t
 constexpr int64_t kStripPointers = 3072;         // fewer if they have very many pointers
 constexpr int64_t kPanelsBytes = 384 << 10;      // panels that are used strip by strip: from L2
 
+// a / b, not negative: almost always within 32 bits, where the division is three times as fast.
+FMK_INLINE int64_t quotient(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0)
+    return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+  return a / b;
+}
+
 // D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
 template <class T, class D, bool kDepthwise>
 struct Correlator {
@@ -211,7 +218,7 @@ struct Correlator {
     const D* const* rows[kMaxTileRows];
     int64_t x[kMaxTileRows];
     const int64_t start = in_place ? p.x.offset : 0;
-    int64_t row = pixel / p.x.out_size, out = pixel - row * p.x.out_size;
+    int64_t row = quotient(pixel, p.x.out_size), out = pixel - row * p.x.out_size;
     for (int i = 0; i < n; ++i) {
       rows[i] = block.table + row * taps;
       x[i] = out * p.x.stride + start;
@@ -223,7 +230,7 @@ struct Correlator {
     if (in_place)
       for (int i = 0; i < n; ++i) inside &= x[i] >= 0 && x[i] + last < p.x.in_size;
     const int64_t tap_words = p.x.step * element_taps * pixel_words;
-    int64_t ty = e0 / row_elements, tx = e0 - ty * row_elements;
+    int64_t ty = quotient(e0, row_elements), tx = e0 - ty * row_elements;
     const D* base[16] = {};
     for (int64_t e = e0; e < e1; ++ty, tx = 0) {
       const int64_t count = min_of(row_elements - tx, e1 - e);
@@ -265,11 +272,15 @@ struct Correlator {
     const int64_t begin = length * share / shares, end = length * (share + 1) / shares;
     const int64_t last_rows = p.row_taps() - min_of(p.y.taps, p.y.stride);
     const int64_t last_columns = p.x.taps - min_of(p.x.taps, p.x.stride);
+    if (range.e0 == range.e1) return;
+    int64_t ty = quotient(range.e0, p.x.taps), tx = range.e0 - ty * p.x.taps;
     for (int64_t e = range.e0; e < range.e1; ++e, pointers += n) {
-      if (e / p.x.taps < last_rows || e % p.x.taps < last_columns) continue;
-      for (int i = 0; i < n; ++i)
-        for (int64_t word = begin; word < end; word += step)
-          __builtin_prefetch(pointers[i] + word, 0, 2);
+      if (ty >= last_rows && tx >= last_columns) {
+        for (int i = 0; i < n; ++i)
+          for (int64_t word = begin; word < end; word += step)
+            __builtin_prefetch(pointers[i] + word, 0, 2);
+      }
+      if (++tx == p.x.taps) tx = 0, ++ty;
     }
   }
   // Where a tile's results will go, while they are being computed: few lines of each of several
