@@ -283,13 +283,13 @@ struct Correlator {
       if (++tx == p.x.taps) tx = 0, ++ty;
     }
   }
-  // Where a tile's results will go, while they are being computed: few lines of each of several
-  // pixels are no stream either.
+  // Where the results of the tile after the next will go: few lines of each of several pixels are
+  // no stream either, and to fetch them takes longer than one tile of a short reduction.
   void prefetch_output(const Epilogue<T>& epilogue, int n) const {
     constexpr int64_t kLine = 64 / sizeof(T);
-    for (int i = 0; i < n; ++i)
+    for (int i = 2 * n; i < 3 * n; ++i)
       for (int64_t column = 0; column < epilogue.columns; column += kLine)
-        __builtin_prefetch(epilogue.out + i * epilogue.ld_out + column, 1);
+        __builtin_prefetch(epilogue.out + i * epilogue.ld_out + column, 1, 2);
   }
 
   // to[i] = from[i] + bytes for i < n, rounded up to 8.
