@@ -12,7 +12,6 @@
 #include "cpu/conv_finish.h"
 #include "cpu/conv_internal.h"
 #include "cpu/conv_small_groups.h"
-#include "cpu/conv_stream.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -42,7 +41,6 @@ struct Correlator {
   int64_t groups, channels, out_channels;
   bool in_place;  // the input is read where it lies
   bool direct;    // tiles store to the output
-  bool streams;   // past the caches
   bool finished;  // what tiles store has been through the whole epilogue
   RowStage<T, D> stage;
   int64_t pixel_words, group_words;       // steps of the (staged) input
@@ -77,7 +75,6 @@ struct Correlator {
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
     direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
-    streams = direct && !kDepthwise && !p.moments.wanted() && StreamedEpilogue<T>::fits(p);
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     divide(pool);
@@ -125,7 +122,6 @@ struct Correlator {
       run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
                 panels * part / panel_parts, panels * (part + 1) / panel_parts);
     }
-    if (streams) stream_end();
   }
 
   void run_block(int64_t shard, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
@@ -424,9 +420,6 @@ struct Correlator {
 
   void finish_tile(int rows, int vecs, const TileOperands<Mac<T>>& in,
                    const Epilogue<T>& epilogue) const {
-    if constexpr (kCanStream<T>) {
-      if (streams) return run_tile<Mac<T>, false>(rows, vecs, in, StreamedEpilogue<T>{epilogue});
-    }
     if (direct) prefetch_output(epilogue, rows);
     run_tile_with_epilogue<T, false>(rows, vecs, in, epilogue);
   }

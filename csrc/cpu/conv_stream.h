@@ -31,34 +31,4 @@ FMK_INLINE bool streamed(const T* output, int64_t pixels, int64_t channels) {
          channels % Vec<T>::W == 0 && reinterpret_cast<uintptr_t>(output) % 64 == 0;
 }
 
-// The usual part of an epilogue, clamp(scale * acc + shift + residual), with stores past the
-// caches.
-template <class T>
-struct StreamedEpilogue {
-  using V = Vec<T>;
-  const Epilogue<T>& of;
-
-  static bool fits(const Correlation<T>& p) {
-    return p.activation <= Activation::kRelu6 && !p.preactivation && p.out_channels % V::W == 0 &&
-           streamed(p.output, p.batch * p.placed_pixels(), p.groups * p.out_channels);
-  }
-  template <int MR, int NV>
-  FMK_LAMBDA void run(V (&acc)[MR][NV]) const {
-    constexpr Acc<T> kInfinity = static_cast<Acc<T>>(__builtin_inf());
-    const V low = splat(of.activation == Activation::kNone ? -kInfinity : Acc<T>(0));
-    const V high = splat(of.activation == Activation::kRelu6 ? Acc<T>(6) : kInfinity);
-    FMK_FOR (j, NV) {
-      const V scale = of.scale ? load(of.scale + j * V::W) : splat_as<V>(1);
-      const V shift = of.shift ? load(of.shift + j * V::W) : zero<V>();
-      FMK_FOR (i, MR) acc[i][j] = fma(acc[i][j], scale, shift);
-    }
-    if (of.residual) {
-      FMK_FOR (i, MR)
-        FMK_FOR (j, NV) acc[i][j] = acc[i][j] + load(of.residual + i * of.ld_residual + j * V::W);
-    }
-    FMK_FOR (i, MR)
-      FMK_FOR (j, NV) stream(of.out + i * of.ld_out + j * V::W, min(high, max(low, acc[i][j])));
-  }
-};
-
 }  // namespace fmk::FMK_ISA
