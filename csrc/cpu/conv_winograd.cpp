@@ -411,7 +411,9 @@ class BlockRunner {
     // Long reductions are cut so that a slice of the panel stays in L1 while all tiles pass over
     // it: a panel of any width comes from L2 once, and not once per row tile.
     const int64_t numbers = reduction(p_);
-    const int64_t slices = numbers <= kSlice + kSlice / 2 ? 1 : ceil_div(numbers, kSlice);
+    // Planes are summed apart: a sum of sums keeps the rounding error near that of one plane.
+    const int64_t fitting = numbers <= kSlice + kSlice / 2 ? 1 : ceil_div(numbers, kSlice);
+    const int64_t slices = max_of(fitting, p_.z.taps);
     for (int point = 0; point < kPointCount; ++point, panel += numbers * width) {
       int64_t begin, end;
       slots_.range(point / kWindow, point % kWindow, &begin, &end);
