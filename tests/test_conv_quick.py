@@ -134,3 +134,69 @@ def test_calls_with_a_graph_take_the_checked_way(operands, monkeypatch):
     output = FF.conv2d(operands["input"], weight)
     (grad,) = torch.autograd.grad(output.sum(), weight)
     assert grad.shape == weight.shape
+
+
+def _frozen(layer):
+    layer.eval()
+    fmkernels.freeze(layer)
+    return layer
+
+
+LAYERS = {
+    "conv": lambda: fnn.Conv2d(32, 40, 3, padding=1, activation="gelu"),
+    "same": lambda: fnn.Conv2d(32, 40, (3, 4), padding="same", dilation=2),
+    "reflect": lambda: fnn.Conv2d(32, 40, 3, padding=1, padding_mode="reflect"),
+    "stride and groups": lambda: fnn.Conv2d(32, 40, 3, stride=(2, 1), groups=4),
+    "fused pool": lambda: fnn.Conv2d(32, 40, 3, activation="relu", pool=("max", 3, 2, 1)),
+    "pool of its own": lambda: fnn.Conv2d(32, 40, 3, pool=("avg", 4, 2, 0)),
+    "one axis": lambda: fnn.Conv1d(32, 40, 3, padding=1),
+    "three axes": lambda: fnn.Conv3d(32, 40, 3, padding=1, activation="relu"),
+    "block": lambda: fnn.ConvBlock2d(32, 40, 3, norm="batch", activation="relu6"),
+    "group norm": lambda: fnn.ConvBlock2d(32, 40, 3, norm=("group", 4), activation="relu"),
+}
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_frozen_layers_call_the_op_themselves(name, batched, mode, monkeypatch):
+    torch.manual_seed(0)
+    layer = _frozen(LAYERS[name]())
+    axes = {"one axis": 1, "three axes": 3}.get(name, 2)
+    input = torch.randn(2, 32, *(12, 11, 10)[:axes])[slice(None) if batched else 0]
+    with torch.no_grad(), fmkernels.precision(mode):
+        ours = layer(input)
+        monkeypatch.setattr(quick, "conv", lambda *_: None)
+        assert torch.equal(layer(input), ours)
+
+
+def test_attributes_changed_after_freezing_count():
+    layer = _frozen(fnn.Conv2d(8, 8, 3, padding=1))
+    block = _frozen(fnn.ConvBlock2d(8, 8, 3, norm="batch", activation="relu"))
+    input = torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        layer(input)
+        layer.stride, layer.activation = (2, 2), "relu"
+        expected = torch.relu(torch.conv2d(input, layer.weight, layer.bias, 2, 1))
+        torch.testing.assert_close(layer(input), expected)
+        before = block(input)
+        block.activation = None
+        assert block(input).min() < 0 <= before.min()
+        block.norm.train()
+        assert not torch.equal(block(input), before)
+        block.norm.eval()
+        block.conv.weight.zero_()
+        assert torch.equal(block(input)[0, :, 0, 0], block(input)[0, :, 3, 3])
+
+
+def test_wrong_images_of_frozen_layers_are_named():
+    layer = _frozen(fnn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():
+        for input, error in (
+            (torch.randn(1, 7, 9, 9), ValueError),
+            (torch.randn(1, 8, 9, 9).double(), TypeError),
+            (torch.randn(9), ValueError),
+            ([1.0], TypeError),
+        ):
+            with pytest.raises(error):
+                layer(input)

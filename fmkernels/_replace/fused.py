@@ -84,6 +84,11 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
             return super().forward(input, residual)
         if residual is None:
             return self._block(input, None, None, None)
+        # A tensor that the kernels cannot add as it is comes back as None, and is looked at below.
+        if isinstance(residual, Tensor):
+            output = self._everyday(input, residual, self.activation, self.pool)
+            if output is not None:
+                return output
         conv = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         shape = conv_output_shape(2, input, self.weight, *conv)
         if _fits(residual, shape, input):

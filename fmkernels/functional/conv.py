@@ -662,6 +662,38 @@ def _plan_with_pool(
     return _Plan(fused, output_shape, None)
 
 
+@remember
+def layer_options(
+    dims: int,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+    activation: str | None,
+    pool: Pool | None,
+) -> ConvOptions | None:
+    """What the attributes of a convolution layer come to, for images of any size.
+
+    None where it takes more than one op, or where a call would raise.
+    """
+    try:
+        kind, window = parse_pool(pool, dims)
+        stride = _checks.integers("stride", stride, dims, 1)
+        dilation = _checks.integers("dilation", dilation, dims, 1)
+        edges = padding_edges(padding, kernel_size, stride, dilation)
+        _checks.choice("activation", activation, _activations.CHOICES)
+    except (TypeError, ValueError):
+        return None
+    options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
+    if kind is None:
+        return options
+    if not fuses_pool(window[0], options):
+        return None
+    return options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
+
+
 def _check_operands(input: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     _checks.tensor("input", input)
     _checks.operand("weight", weight, "input", input)

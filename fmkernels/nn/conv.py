@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -16,8 +17,10 @@ from fmkernels.functional._conv_arguments import (
     padding_edges,
     transposed_edges,
 )
-from fmkernels.nn._frozen import Freezable, adopt
+from fmkernels.functional.conv import layer_options
+from fmkernels.nn._frozen import Freezable, adopt, parameters_of
 from fmkernels.ops import _activations
+from fmkernels.ops.conv import quick
 from fmkernels.ops.conv.autograd import pack_conv_weight
 from fmkernels.ops.conv.geometry import ConvOptions
 
@@ -121,6 +124,14 @@ def _adopt_parametrized(layer: _FusedConv, module: nn.Module) -> None:
 
 class _ForwardConv(_FusedConv):
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            (packed_weight,) = self._packed()
+            output = everyday_call(
+                self, input, packed_weight, None, None, None,
+                self.activation, self.pool, self.backend,
+            )  # fmt: skip
+            if output is not None:
+                return output
         return self._function(
             input,
             self.weight,
@@ -281,6 +292,39 @@ class ConvTranspose3d(_TransposedConv, nn.ConvTranspose3d):
 
     _dims = 3
     _function = staticmethod(F.conv_transpose3d)
+
+
+def everyday_call(
+    conv: nn.modules.conv._ConvNd,
+    input: Tensor,
+    packed_weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    pool: Pool | None,
+    backend: str | None,
+) -> Tensor | None:
+    """The call of a frozen layer, without the way through the functional interface, which takes
+    longer than a small convolution; None where that is needed (:mod:`fmkernels.ops.conv.quick`).
+    """
+    if packed_weight is None or torch.is_grad_enabled():
+        return None
+    options = layer_options(
+        len(conv.kernel_size),
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+        activation,
+        pool,
+    )
+    if options is None:
+        return None
+    weight, bias = parameters_of(conv, ("weight", "bias"))
+    return quick.conv(input, weight, bias, scale, shift, residual, packed_weight, options, backend)
 
 
 def pack_conv(conv: nn.modules.conv._ConvNd, backend: str | None) -> Tensor | None:

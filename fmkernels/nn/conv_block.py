@@ -13,7 +13,7 @@ from fmkernels._dispatch import check_backend_name
 from fmkernels.functional._conv_arguments import Pool, check_pool, check_window, parse_pool
 from fmkernels.functional.conv import conv_with_statistics
 from fmkernels.nn._frozen import Freezable, buffers_of, parameters_of
-from fmkernels.nn.conv import pack_conv
+from fmkernels.nn.conv import everyday_call, pack_conv
 from fmkernels.ops import _activations
 from fmkernels.ops.conv.autograd_norm import norm as norm_image
 
@@ -117,6 +117,9 @@ class _ConvBlock(Freezable, nn.Module):
         activation: str | None,
         pool: Pool | None,
     ) -> Tensor:
+        output = self._everyday(input, residual, activation, pool)
+        if output is not None:
+            return output
         norm = self.norm
         packed_weight, scale, shift = self._packed()
         if norm is not None and _uses_statistics_of_input(norm):
@@ -136,6 +139,20 @@ class _ConvBlock(Freezable, nn.Module):
             residual=residual,
             activation=activation,
             pool=pool,
+        )
+
+    def _everyday(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, pool: Pool | None
+    ) -> Tensor | None:
+        """The block as one op, if it is frozen and the call an everyday one without a graph."""
+        norm = self.norm
+        if torch.is_grad_enabled() or not self.is_frozen or (norm is not None and norm.training):
+            return None
+        packed_weight, scale, shift = self._packed()
+        if norm is not None and scale is None:
+            return None
+        return everyday_call(
+            self.conv, input, packed_weight, scale, shift, residual, activation, pool, self.backend
         )
 
     def _conv(self, input: Tensor, packed_weight: Tensor | None, **epilogue: Any) -> Tensor:

@@ -208,6 +208,8 @@ def readable_weight(
     weight: Tensor, packed_weight: Tensor | None, options: ConvOptions, exact: bool
 ) -> Tensor:
     """The weight as conv_forward of the native kernels wants it: any, where it is not read."""
+    if weight.is_contiguous():
+        return weight
     packed = packed_weight is not None and not exact and max(weight.shape[2:]) > 1
     if packed and max(window_parts(options.window)[1], default=0) <= PACKED_POOL_STRIDE:
         return weight
