@@ -16,7 +16,10 @@ from fmkernels.ops.conv import autograd, quick
 # The function of the same name hides the module.
 functional = sys.modules["fmkernels.functional.conv"]
 
-pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="needs the native kernels")
+pytestmark = pytest.mark.skipif(
+    not _native.HAS_NATIVE,
+    reason="the quick way leads to native kernels, which are not built",
+)
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -123,17 +126,25 @@ def test_packed_weight_of_another_layer_is_refused(operands):
         FF.conv2d(operands["input"], operands["weight"], packed_weight=layer._packed_weight)
 
 
-def test_calls_with_a_graph_take_the_checked_way(operands, monkeypatch):
-    monkeypatch.setattr(
-        autograd, "_dispatch", lambda *_: pytest.fail("not for calls without a graph")
-    )
-    with torch.no_grad():
-        FF.conv2d(operands["input"], operands["weight"])
-    monkeypatch.undo()
+@pytest.mark.parametrize("graph", [False, True])
+def test_calls_with_a_graph_take_the_checked_way(operands, graph, monkeypatch):
+    calls, dispatch = [], autograd._dispatch
+    monkeypatch.setattr(autograd, "_dispatch", lambda *a: calls.append(a) or dispatch(*a))
     weight = operands["weight"].requires_grad_()
-    output = FF.conv2d(operands["input"], weight)
-    (grad,) = torch.autograd.grad(output.sum(), weight)
-    assert grad.shape == weight.shape
+    with torch.set_grad_enabled(graph):
+        output = FF.conv2d(operands["input"], weight)
+    assert len(calls) == graph
+    assert output.requires_grad == graph
+
+
+@pytest.mark.parametrize("parameter", ["norm.weight", "conv.weight"])
+def test_frozen_blocks_that_are_trained_have_a_graph(parameter):
+    """Also where the convolution's parameters want none, and the norm was folded without one."""
+    block = _frozen(fnn.ConvBlock2d(8, 8, 3, norm="batch", activation="gelu"))
+    block.requires_grad_(False)
+    wanted = block.get_parameter(parameter).requires_grad_()
+    block(torch.randn(1, 8, 9, 9)).square().sum().backward()
+    assert wanted.grad.abs().max() > 0
 
 
 def _frozen(layer):

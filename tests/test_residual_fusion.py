@@ -14,8 +14,6 @@ from torch import nn
 import fmkernels
 from fmkernels._replace.fused import FusedAway, FusedConv2d, FusedLinear
 
-transformers = pytest.importorskip("transformers")
-
 
 def fused(report):
     """Path of each fused layer -> what went into it."""
@@ -685,6 +683,16 @@ class TestForwards:
         assert any(reason in row.reason for row in report.rows)
         assert type(model) is build
 
+    @pytest.mark.parametrize("build", [Summing, SummingBody])
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_none_is_no_residual_to_leave_out(self, frozen, build):
+        """As the sum itself would, the layer refuses it."""
+        model = build(lambda a, b: F.relu(a + b)).eval()
+        report = fmkernels.replace(model, freeze=frozen)
+        assert sums(report)
+        with torch.no_grad(), pytest.raises(TypeError, match="NoneType"):
+            model(images(), None)
+
     def test_changed_sequential_raises(self):
         model = SummingBody(lambda a, b: F.relu(a + b)).eval()
         report = fmkernels.replace(model)
@@ -855,6 +863,7 @@ class TestAgainstFloat64:
 
     @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
     def test_resnet_of_transformers(self, layer_type):
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
         config = transformers.ResNetConfig(
             embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1], layer_type=layer_type
         )

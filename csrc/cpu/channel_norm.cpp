@@ -15,8 +15,8 @@ constexpr int64_t kRun = 256;             // values per lane that are summed bef
 constexpr int64_t kBandElements = 32768;  // of an image: what a thread takes at a time
 constexpr int64_t kPixelsAtOnce = 4;      // NHWC: pixels that share what is loaded per channel
 
-// A lane is a channel (channels last) or a pixel. Work is shared out as units: a vector of channels
-// of one image, or a channel of one image; either visits its pixels once.
+// A lane is a channel (channels last) or a pixel. Work is shared out as parts of an image that
+// visit its pixels once: bands of NHWC pixels, or units, a vector of channels or a channel.
 template <class T>
 struct Worker {
   using V = Vec<T>;

@@ -86,7 +86,8 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
             return self._block(input, None, None, None)
         # A tensor that the kernels cannot add as it is comes back as None, and is looked at below.
         if isinstance(residual, Tensor):
-            output = self._everyday(input, residual, self.activation, self.pool)
+            packed = self._packed()
+            output = self._everyday(input, residual, self.activation, self.pool, packed)
             if output is not None:
                 return output
         conv = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)

@@ -45,7 +45,9 @@ class Edit:
         for fused in self.sums:
             for node in fused.moved:
                 fused.node.prepend(node)
-            fused.moved[0].insert_arg(1, fused.residual)
+            with graph.inserting_before(fused.moved[0]):
+                residual = graph.call_function(summand, (fused.residual,))
+            fused.moved[0].insert_arg(1, residual)
         # From the last to the first, as the results of one may be what another one reads.
         for node, result in reversed(self.removed.items()):
             node.replace_all_uses_with(result)
@@ -57,6 +59,17 @@ class Edit:
                 name += "_"
             with graph.inserting_after(parameters[-1]):
                 self.given.insert_arg(1, graph.placeholder(name, default_value=None))
+
+
+def summand(value: Any) -> Any:
+    """``value``, unless it is the None by which layers are told that there is no residual.
+
+    Raises:
+        TypeError: as the sum itself would.
+    """
+    if value is None:
+        raise TypeError("unsupported operand type(s) for +: 'Tensor' and 'NoneType'")
+    return value
 
 
 @dataclass

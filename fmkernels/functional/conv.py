@@ -656,10 +656,17 @@ def _plan_with_pool(
         return _Plan(options, output_shape, None)
     dims = len(options.stride)
     check_window("pool: the conv's output", output_shape[-dims:], window, False)
-    if not fuses_pool(window[0], options):
+    fused = _with_pool(options, kind, window)
+    if fused is None:
         return _Plan(options, output_shape, (kind, window))
-    fused = options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
     return _Plan(fused, output_shape, None)
+
+
+def _with_pool(options: ConvOptions, kind: str, window: Window) -> ConvOptions | None:
+    """The options of the op that pools in its epilogue, or None if it does not."""
+    if not fuses_pool(window[0], options):
+        return None
+    return options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
 
 
 @remember
@@ -687,11 +694,7 @@ def layer_options(
     except (TypeError, ValueError):
         return None
     options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
-    if kind is None:
-        return options
-    if not fuses_pool(window[0], options):
-        return None
-    return options._replace(pool=kind, window=(*window[0], *window[1], *window[2]))
+    return options if kind is None else _with_pool(options, kind, window)
 
 
 def _check_operands(input: Tensor, weight: Tensor, residual: Tensor | None) -> None:

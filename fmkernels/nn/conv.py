@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -82,9 +81,8 @@ class _FusedConv(Freezable):
             adopt(layer, module)
         return layer
 
-    def _extras(self) -> dict[str, Any]:
+    def _extras(self, packed_weight: Tensor | None) -> dict[str, Any]:
         """The keywords of the functional call that all layers pass."""
-        (packed_weight,) = self._packed()
         return {
             "padding_mode": self.padding_mode,
             "activation": self.activation,
@@ -124,14 +122,13 @@ def _adopt_parametrized(layer: _FusedConv, module: nn.Module) -> None:
 
 class _ForwardConv(_FusedConv):
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            (packed_weight,) = self._packed()
-            output = everyday_call(
-                self, input, packed_weight, None, None, None,
-                self.activation, self.pool, self.backend,
-            )  # fmt: skip
-            if output is not None:
-                return output
+        (packed_weight,) = self._packed()
+        output = everyday_call(
+            self, input, packed_weight, None, None, None,
+            self.activation, self.pool, self.backend,
+        )  # fmt: skip
+        if output is not None:
+            return output
         return self._function(
             input,
             self.weight,
@@ -140,7 +137,7 @@ class _ForwardConv(_FusedConv):
             self.padding,
             self.dilation,
             self.groups,
-            **self._extras(),
+            **self._extras(packed_weight),
         )
 
 
@@ -164,7 +161,7 @@ class _TransposedConv(_FusedConv):
             output_padding,
             self.groups,
             self.dilation,
-            **self._extras(),
+            **self._extras(*self._packed()),
         )
 
 
@@ -308,7 +305,7 @@ def everyday_call(
     """The call of a frozen layer, without the way through the functional interface, which takes
     longer than a small convolution; None where that is needed (:mod:`fmkernels.ops.conv.quick`).
     """
-    if packed_weight is None or torch.is_grad_enabled():
+    if packed_weight is None:
         return None
     options = layer_options(
         len(conv.kernel_size),

@@ -117,11 +117,11 @@ class _ConvBlock(Freezable, nn.Module):
         activation: str | None,
         pool: Pool | None,
     ) -> Tensor:
-        output = self._everyday(input, residual, activation, pool)
+        norm, packed = self.norm, self._packed()
+        output = self._everyday(input, residual, activation, pool, packed)
         if output is not None:
             return output
-        norm = self.norm
-        packed_weight, scale, shift = self._packed()
+        packed_weight, scale, shift = packed
         if norm is not None and _uses_statistics_of_input(norm):
             mean = variance = None
             if isinstance(norm, nn.GroupNorm):
@@ -142,14 +142,18 @@ class _ConvBlock(Freezable, nn.Module):
         )
 
     def _everyday(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, pool: Pool | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        pool: Pool | None,
+        packed: tuple[Tensor | None, ...],
     ) -> Tensor | None:
         """The block as one op, if it is frozen and the call an everyday one without a graph."""
-        norm = self.norm
-        if torch.is_grad_enabled() or not self.is_frozen or (norm is not None and norm.training):
-            return None
-        packed_weight, scale, shift = self._packed()
-        if norm is not None and scale is None:
+        norm, (packed_weight, scale, shift) = self.norm, packed
+        # What the norm was folded into has no graph, whichever of its parameters want one.
+        folded = scale is not None and not norm.training and not torch.is_grad_enabled()
+        if norm is not None and not folded:
             return None
         return everyday_call(
             self.conv, input, packed_weight, scale, shift, residual, activation, pool, self.backend

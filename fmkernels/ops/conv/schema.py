@@ -49,7 +49,7 @@ from fmkernels.ops.conv.geometry import (
     pooled_shape,
 )
 
-PACKED_POOL_STRIDE = 4
+PACKED_POOL_STRIDE = 4  # csrc/cpu/conv.h: kWinogradMaxPoolStride
 RELU_ZERO = 255  # no position: a fused window holds at most 9 elements
 
 _OPTIONS = (
