@@ -76,6 +76,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         raise
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws while it is imported, its tables of cases, is the same in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Tests draw from torch's global generator."""
