@@ -96,9 +96,13 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16.")] = "fp32,bf16",
     mode: Annotated[str, typer.Option(help="inference, training or both.")] = "both",
     peer_names: Annotated[
-        str,
-        typer.Option("--peers", help="Comma-separated: eager, compile, onnxruntime, openvino."),
-    ] = "eager",
+        str | None,
+        typer.Option(
+            "--peers",
+            help="Comma-separated: " + ", ".join(("eager", *peers.PEERS)) + ". "
+            "By default eager; on cuda the GPU's, too: " + ", ".join(peers.DEFAULT["cuda"]) + ".",
+        ),
+    ] = None,
     match: Annotated[str, typer.Option(help="Only workloads whose name contains this.")] = "",
     threads: Threads = None,
     device: Device = "cpu",
@@ -125,7 +129,11 @@ def bench(
         modes=workloads.MODES if mode == "both" else _names(mode, workloads.MODES, "--mode"),
         peers=tuple(
             name
-            for name in _names(peer_names, ("eager", *peers.PEERS), "--peers")
+            for name in (
+                peers.DEFAULT[device]
+                if peer_names is None
+                else _names(peer_names, ("eager", *peers.PEERS), "--peers")
+            )
             if name != "eager"
         ),
         quick=quick,

@@ -1,4 +1,5 @@
-"""Other ways to run the same module: torch.compile, ONNX Runtime, OpenVINO. Each is optional.
+"""Other ways to run the same module: torch.compile, ONNX Runtime, OpenVINO, and for attention each
+kernel that PyTorch chooses from, and flash-attn. Each is optional.
 
 A peer that is not installed, or cannot run a problem, raises :class:`PeerUnavailable` with the
 reason, which the report shows in its row. All get the thread count that PyTorch has.
@@ -13,10 +14,13 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmkernels.bench.candidates import Candidate, Problem, module_candidate
+from fmkernels.bench.flash_attention import FlashAttention, Refused
 
 
 class PeerUnavailable(RuntimeError):
@@ -90,12 +94,63 @@ def openvino(problem: Problem) -> Candidate:
     return _array_candidate("openvino", call)
 
 
+def sdpa(name: str, backend: SDPBackend, problem: Problem) -> Candidate:
+    """PyTorch, its attention by one of the kernels that "eager" chooses from."""
+    module = copy.deepcopy(problem.module)
+
+    def run(*inputs):
+        with sdpa_kernel(backend):
+            return module(*inputs)
+
+    candidate = module_candidate(name, problem, module, run=run)
+    # Why PyTorch finds that a kernel cannot serve is in its warnings.
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter("always")
+        try:
+            candidate.call()
+        except RuntimeError as error:
+            texts = [_first_line(error), *(str(reason.message) for reason in reasons)]
+            raise PeerUnavailable("; ".join(texts)[:300]) from error
+    return candidate
+
+
+def flash_attn(problem: Problem) -> Candidate:
+    """The package flash-attn, on attention alone."""
+    package = _need("flash_attn")
+    mask = problem.inputs[3] if len(problem.inputs) > 3 else None
+    try:
+        module = FlashAttention(package, problem.module, mask)
+        candidate = module_candidate("flash-attn", problem, module)
+        candidate.call()
+    except Refused as error:
+        raise PeerUnavailable(f"flash-attn: {error}") from error
+    except Exception as error:
+        raise PeerUnavailable(f"flash-attn refused it: {_first_line(error)}") from error
+    return candidate
+
+
+_SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+# Of the attention family alone: name -> how to build it.
+ATTENTION_PEERS: dict[str, Callable[[Problem], Candidate]] = {
+    **{name: partial(sdpa, name, backend) for name, backend in _SDPA.items()},
+    "flash-attn": flash_attn,
+}
+
 # Name -> how to build it. "eager" is not here: it is always measured.
 PEERS: dict[str, Callable[[Problem], Candidate]] = {
     "compile": compiled,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    **ATTENTION_PEERS,
 }
+
+# Who is measured on a device unless the caller says otherwise.
+DEFAULT = {"cpu": ("eager",), "cuda": ("eager", "compile", *ATTENTION_PEERS)}
 
 
 def _array_candidate(name: str, call: Callable[[], list]) -> Candidate:

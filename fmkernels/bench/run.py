@@ -125,6 +125,8 @@ def _entries(workload: Workload, options: Options):
     for layout in workload.layouts:
         yield OURS, layout, lambda problem, layout=layout: candidates.ours(problem, layout)
     for name in options.peers:
+        if name in peers.ATTENTION_PEERS and workload.family != "attention":
+            continue
         layout = workload.layouts[-1] if name == "compile" else "contiguous"
         yield name, layout, peers.PEERS[name]
 
