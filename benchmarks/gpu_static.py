@@ -6,8 +6,8 @@
 Prints one row per Triton kernel, configuration and chip: registers, spill instructions, shared and
 tensor memory, matrix instructions, occupancy, widths of the global loads, 32-bit offsets. Exits
 with 1 if a kernel does not fit, spills with aligned strides, lacks its matrix instruction, or is
-worse than the committed baseline of this version of triton. Nothing is executed and nothing is
-timed.
+worse than the committed baseline of this version of triton: more registers, spills or memory, or
+narrower loads in a loop. Nothing is executed and nothing is timed.
 
     python benchmarks/gpu_static.py --cuda
 
@@ -88,12 +88,16 @@ def line(row: sweep.Row) -> str:
         return f"{name:<90} ERROR {row.error.splitlines()[0][:120]}"
     found = row.resources
     matrix = " ".join(f"{kind}:{count}" for kind, count in found["matrix"].items()) or "-"
-    loads = " ".join(f"{bits}b:{count}" for bits, count in found["load_bits"].items()) or "-"
+    loads, in_loops = (
+        " ".join(f"{bits}b:{count}" for bits, count in found[name].items()) or "-"
+        for name in ("load_bits", "loop_load_bits")
+    )
     return (
         f"{name:<90} reg {found['registers']:>3} spill {found['spills']:>3} "
         f"smem {found['shared']:>6} tmem {found['tensor_memory']:>3} "
         f"occ {found['occupancy']:>4.0%} "
-        f"{matrix:<10} loads {loads:<24} o32 {found['offsets32']:>2} {row.seconds:>5.1f} s"
+        f"{matrix:<10} loads {loads:<24} in loops {in_loops:<16} "
+        f"o32 {found['offsets32']:>2} {row.seconds:>5.1f} s"
     )
 
 

@@ -36,7 +36,8 @@ GOOD = {
     "matrix": {"HGMMA": 4},
     "occupancy": 0.25,
     "blocks": 2,
-    "load_bits": {128: 8},
+    "load_bits": {128: 8, 32: 2},
+    "loop_load_bits": {128: 4, 32: 1},
     "offsets32": 0,
     "traps": False,
 }
@@ -109,6 +110,62 @@ def test_regressions_against_the_baseline(tmp_path):
     assert list(gates.read_baseline(path, "3.7.0")) == [row.key]
 
 
+@pytest.mark.parametrize(
+    ("loads", "worse"),
+    [
+        ({128: 4, 32: 1}, False),
+        ({128: 8, 32: 2}, False),
+        ({128: 2, 32: 1}, False),
+        ({128: 4, 32: 2}, False),
+        ({128: 2}, False),
+        ({128: 2, 64: 4, 32: 1}, True),
+        ({64: 8, 32: 1}, True),
+        ({128: 4, 16: 2}, True),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_loads_in_loops_that_get_narrower_are_a_regression(tmp_path, loads, worse):
+    path = tmp_path / "baseline.json"
+    unaligned = {"config": "unaligned", "aligned": False}
+    gates.write_baseline(path, "3.7.0", [make_row(), make_row(**unaligned)])
+    baseline = gates.read_baseline(path, "3.7.0")
+    found = gates.regressions(make_row(loop_load_bits=loads), baseline)
+    assert ["loads in loops" in reason for reason in found] == [True] * worse
+    assert gates.regressions(make_row(loop_load_bits=loads, **unaligned), baseline) == []
+
+
+def test_loads_in_loops_are_told_from_others():
+    from fmkernels.bench.gpu import inspect
+
+    code = """
+    LDG.E.64 R2, desc[UR4][R2.64] ;
+.L_x_0:
+    LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R2.64], P0 ;
+.L_x_1:
+    LDG.E.U16 R3, desc[UR4][R2.64] ;
+    @P1 BRA `(.L_x_1) ;
+    @P0 BRA `(.L_x_2) ;
+    LDG.E R5, desc[UR4][R2.64] ;
+    BRA.U UP0, `(.L_x_0) ;
+.L_x_2:
+    LDG.E.64 R2, desc[UR4][R2.64] ;
+"""
+    assert inspect._nvidia_loads(code) == {16: 1, 32: 1, 64: 2, 128: 1}
+    assert inspect._nvidia_loads(inspect._loops(code)) == {16: 1, 32: 1, 128: 1}
+    code = """
+	global_load_dwordx2 v[0:1], v2, s[0:1]
+.LBB0_2:                                ; %loop
+	buffer_load_dwordx4 v[4:7], v2, s[8:11], 0 offen
+	s_cbranch_scc1 .LBB0_2
+	s_branch .LBB0_3
+.LBB0_3:
+	global_load_ushort v3, v2, s[0:1]
+"""
+    assert inspect._amd_loads(code) == {16: 1, 64: 1, 128: 1}
+    assert inspect._amd_loads(inspect._loops(code)) == {128: 1}
+
+
 def test_every_case_is_named_once_and_every_kernel_declared():
     cases = [case.name for name in registry.FAMILIES for case in registry.family(name)[1]]
     assert cases and registry.kernels()
@@ -174,7 +231,7 @@ def compiled(request, tmp_path_factory):
 def test_a_kernel_is_compiled_and_passes(compiled):
     row, dump = compiled
     assert gates.problems(row) == []
-    assert row.resources["matrix"] and max(row.resources["load_bits"]) == 128
+    assert row.resources["matrix"] and max(row.resources["loop_load_bits"]) == 128
     ending = "hsaco" if row.arch == "gfx942" else "cubin"
     assert (dump / f"{row.key}.{ending}").stat().st_size > 1000
 

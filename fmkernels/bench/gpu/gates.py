@@ -63,7 +63,10 @@ def problems(row: Row) -> list[str]:
 def baseline_entry(row: Row) -> dict[str, Any]:
     """What the committed baseline keeps of a row."""
     kept = ("registers", "spills", "shared", "tensor_memory")
-    return {name: row.resources[name] for name in kept}
+    entry = {name: row.resources[name] for name in kept}
+    if row.aligned:
+        entry["loop_load_bits"] = row.resources["loop_load_bits"]
+    return entry
 
 
 def regressions(row: Row, baseline: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -79,7 +82,29 @@ def regressions(row: Row, baseline: Mapping[str, Mapping[str, Any]]) -> list[str
     ]
     if found["registers"] > before["registers"] + REGISTER_SLACK:
         worse.append(f"registers {found['registers']}, was {before['registers']}")
+    if "loop_load_bits" in before and narrower(found["loop_load_bits"], before["loop_load_bits"]):
+        worse.append(
+            f"loads in loops {found['loop_load_bits']}, were {before['loop_load_bits']} "
+            "(bits: count)"
+        )
     return worse
+
+
+def narrower(found: Mapping[Any, int], before: Mapping[Any, int]) -> bool:
+    """Whether of two counts by width the first has fewer wide ones and in return more narrow ones.
+
+    So a loop that is unrolled less, or reads one scalar more, is not narrower.
+    """
+    found, before = (
+        {int(bits): count for bits, count in counts.items()} for counts in (found, before)
+    )
+
+    def split(counts: Mapping[int, int], width: int) -> tuple[int, int]:
+        wide = sum(count for bits, count in counts.items() if bits >= width)
+        return wide, sum(counts.values()) - wide
+
+    pairs = ((split(found, width), split(before, width)) for width in {*found, *before})
+    return any(wide < wide_0 and narrow > narrow_0 for (wide, narrow), (wide_0, narrow_0) in pairs)
 
 
 def read_baseline(path: Path, triton_version: str) -> dict[str, dict[str, Any]] | None:

@@ -52,6 +52,7 @@ class Resources:
         occupancy: share of the resident warps that registers and memory allow.
         blocks: resident blocks per multiprocessor.
         load_bits: widths of the loads from global memory, bits -> count.
+        loop_load_bits: of those inside loops.
         offsets32: address computations in Triton's IR whose offset is a 32-bit tensor.
         traps: whether the compiler gave up and emitted a trap.
     """
@@ -65,6 +66,7 @@ class Resources:
     occupancy: float
     blocks: int
     load_bits: dict[int, int]
+    loop_load_bits: dict[int, int]
     offsets32: int
     traps: bool
 
@@ -102,7 +104,6 @@ def _inspect_nvidia(compiled: Any, arch: str) -> Resources:
         chip.blocks_total,
         TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else chip.blocks_total,
     )
-    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*", code)
     return Resources(
         registers=registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
@@ -112,7 +113,8 @@ def _inspect_nvidia(compiled: Any, arch: str) -> Resources:
         matrix=_counts(_MATRIX, code),
         occupancy=blocks * warps / chip.warps_total,
         blocks=blocks,
-        load_bits=_widths(_nvidia_load_bits(load) for load in loads),
+        load_bits=_nvidia_loads(code),
+        loop_load_bits=_nvidia_loads(_loops(code)),
         offsets32=_offsets32(compiled),
         traps=bool(re.search(r"^\s*trap;", compiled.asm["ptx"], re.MULTILINE)),
     )
@@ -127,7 +129,6 @@ def _inspect_amd(compiled: Any, arch: str) -> Resources:
     # Each of the four SIMDs has 512 registers per lane, handed out in eights, and holds 8 waves.
     per_simd = min(8, 512 // max(8, -(-registers // 8) * 8))
     blocks = min(per_simd * 4 // warps, chip.shared_total // max(shared, 1), chip.blocks_total)
-    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
     return Resources(
         registers=registers,
         spills=len(re.findall(r"^\s+scratch_(?:store|load)", text, re.MULTILINE)),
@@ -137,7 +138,8 @@ def _inspect_amd(compiled: Any, arch: str) -> Resources:
         matrix=_counts({"MFMA": r"\bv_mfma_"}, text),
         occupancy=blocks * warps / chip.warps_total,
         blocks=blocks,
-        load_bits=_widths(_amd_load_bits(load) for load in loads),
+        load_bits=_amd_loads(text),
+        loop_load_bits=_amd_loads(_loops(text)),
         offsets32=_offsets32(compiled),
         traps="s_trap" in text,
     )
@@ -151,6 +153,31 @@ def _tool(path: str, *arguments: str) -> str:
 def _counts(patterns: dict[str, str], text: str) -> dict[str, int]:
     counts = {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
     return {name: count for name, count in counts.items() if count}
+
+
+def _loops(code: str) -> str:
+    """The lines between a label and a jump back to it."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    inside: set[int] = set()
+    for number, line in enumerate(lines):
+        label = re.match(r"(\.L\w+):", line)
+        if label:
+            labels[label[1]] = number
+        jump = re.search(r"\b(?:BRA|s_c?branch)\w*\b[^;]*?(\.L\w+)", line)
+        if jump and jump[1] in labels:
+            inside.update(range(labels[jump[1]], number))
+    return "\n".join(lines[number] for number in sorted(inside))
+
+
+def _nvidia_loads(code: str) -> dict[int, int]:
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*", code)
+    return _widths(_nvidia_load_bits(load) for load in loads)
+
+
+def _amd_loads(code: str) -> dict[int, int]:
+    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
+    return _widths(_amd_load_bits(load) for load in loads)
 
 
 def _widths(bits: Any) -> dict[int, int]:
