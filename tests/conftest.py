@@ -27,7 +27,7 @@ import torch._functorch.config  # noqa: E402
 
 from fmkernels import UnsupportedError  # noqa: E402
 from fmkernels.ops._triton import support  # noqa: E402
-from fmkernels.ops._triton.guarded import guarded_kernels  # noqa: E402
+from fmkernels.ops._triton.bounds import checked_kernels  # noqa: E402
 
 # What PyTorch calls deprecated, and an error only where the variable CI is set.
 torch._functorch.config.error_on_custom_op_aliasing = True
@@ -98,11 +98,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Interpreted kernels get their tensors in larger, poisoned buffers, and stay inside."""
+def checked_triton(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every access of an interpreted kernel is to an element of the argument it points into."""
     marked = request.node.get_closest_marker
-    if support.INTERPRETING and marked("interpret") and not marked("unguarded"):
-        with guarded_kernels(), unchecked_integers(), language_patched_once(), sums_in_pairs():
+    if support.INTERPRETING and marked("interpret") and not marked("unchecked"):
+        with checked_kernels(), unchecked_integers(), language_patched_once(), sums_in_pairs():
             yield
     else:
         yield
@@ -112,7 +112,7 @@ def guarded_triton(request: pytest.FixtureRequest) -> Iterator[None]:
 def unchecked_integers() -> Iterator[None]:
     """Triton's interpreter does not look for overflows of integers, which takes half of its time.
 
-    Tensors that could make an offset overflow are those of the tests marked ``unguarded``.
+    Tensors that could make an offset overflow are those of the tests marked ``unchecked``.
     """
     from triton.runtime.interpreter import interpreter_builder
 

@@ -8,6 +8,12 @@ import torch.nn.functional as F
 
 import fmkernels.functional as FF
 from fmkernels import testing
+from fmkernels.ops.conv.backends import CONV
+from fmkernels.ops.conv.geometry import ConvOptions
+
+PROBE = torch.zeros(1, 1, 1)
+BACKENDS = testing.available_backends(CONV, PROBE, PROBE, ConvOptions((1,), (0, 0), (1,)))
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def definition(input, weight, bias=None, dilation=1, groups=1, state=None, activation=None):
@@ -42,22 +48,25 @@ def make(case, dtype=torch.float32, length=23, with_state=True):
     return arguments, {"dilation": dilation, "groups": groups}
 
 
+@backends
 @cases
 @dtypes
 @pytest.mark.parametrize("with_state", [False, True])
-def test_matches_the_definition(case, dtype, with_state):
+def test_matches_the_definition(case, dtype, with_state, backend):
     arguments, options = make(case, dtype, with_state=with_state)
     testing.compare(
-        lambda **kw: FF.causal_conv1d(**kw, **options, activation="silu"),
+        lambda **kw: FF.causal_conv1d(**kw, **options, activation="silu", backend=backend),
         lambda **kw: definition(**kw, **options, activation="silu"),
         arguments,
     )
 
 
+@backends
 @cases
 @pytest.mark.parametrize("chunks", [(1, 2, 20), (5, 5, 13), (1,) * 23, (23,)])
-def test_streaming_equals_one_shot(case, chunks):
+def test_streaming_equals_one_shot(case, chunks, backend):
     arguments, options = make(case)
+    options["backend"] = backend
     input = arguments.pop("input").requires_grad_()
     state = arguments.pop("state").requires_grad_()
     whole, last = FF.causal_conv1d(input, **arguments, **options, state=state, return_state=True)
@@ -83,8 +92,10 @@ def test_state_of_a_short_input_starts_with_zeros():
     assert torch.equal(state, F.pad(input, (2, 0)))
 
 
-def test_unbatched():
+@backends
+def test_unbatched(backend):
     arguments, options = make(CASES["full"], with_state=False)
+    options["backend"] = backend
     single = {**arguments, "input": arguments["input"][0]}
     expected = FF.causal_conv1d(**arguments, **options)[0]
     torch.testing.assert_close(FF.causal_conv1d(**single, **options), expected)

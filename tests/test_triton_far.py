@@ -19,7 +19,7 @@ from fmkernels.ops.rnn.schema import PLAIN_LSTM
 
 pytestmark = [
     pytest.mark.interpret,
-    pytest.mark.unguarded,
+    pytest.mark.unchecked,
     pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1"),
 ]
 if INTERPRETING:
