@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmkernels import models
+from fmkernels import models, testing, use_backend
 from fmkernels import nn as fnn
+from fmkernels.bench import numerics
+from fmkernels.ops.linear.backends import LINEAR
 
 BUILDERS = {
     "cnn-large": (lambda **o: models.CNN("large", **o), [(2, 3, 32, 32)], (2, 10)),
@@ -72,6 +74,27 @@ def test_same_results(pair):
     actual = ours.eval()(*inputs)
     assert actual.shape == shape
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+BACKENDS = testing.available_backends(LINEAR, torch.zeros(1, 1), torch.zeros(1, 1), None)
+
+
+def step(model, inputs):
+    output = model.eval()(*inputs)
+    gradients = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+    names = [f"grad {name}" for name, _ in model.named_parameters()]
+    return {"output": output.detach()} | dict(zip(names, gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_layer_on_one_backend(pair, backend):
+    theirs, ours, inputs, _ = pair
+    with use_backend(backend):
+        found = step(ours, inputs)
+    eager = step(theirs, inputs)
+    oracle = step(theirs.double(), [tensor.double() for tensor in inputs])
+    verdict = numerics.check(found, [eager], oracle, torch.float32, corners=True)
+    assert verdict.ok, verdict.message
 
 
 def test_state_dicts_interchange(pair):

@@ -6,6 +6,7 @@ tested with a stand-in for the package.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -107,7 +108,6 @@ def _packed(
 ) -> Tensor:
     """``(B, S, H, D)``: keys of different lengths, one after the other, without the padding."""
     batch, queries = query.shape[:2]
-    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     key, value = (
         torch.cat([tensor[i, :length] for i, length in enumerate(lengths)])
         for tensor in (key, value)
@@ -116,15 +116,19 @@ def _packed(
         query.reshape(batch * queries, *query.shape[2:]),
         key,
         value,
-        cu_seqlens_q=torch.arange(0, (batch + 1) * queries, queries, dtype=torch.int32).to(
-            query.device
-        ),
-        cu_seqlens_k=starts.to(query.device),
+        cu_seqlens_q=_offsets((queries,) * batch, query.device),
+        cu_seqlens_k=_offsets(tuple(lengths), query.device),
         max_seqlen_q=queries,
         max_seqlen_k=max(lengths),
         **options,
     )
     return output.unflatten(0, (batch, queries))
+
+
+@functools.lru_cache(maxsize=8)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence starts. Kept: a CUDA graph may not copy from the host."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
 
 
 def _lengths(mask: Tensor) -> list[int]:
