@@ -62,10 +62,11 @@ struct Correlator {
     // Pointers into the padding of a row can say zeros only.
     const bool repeats = p.padding != PaddingMode::kZeros &&
                          (p.x.offset < 0 || p.x.offset + p.x.span() > p.x.in_size);
-    in_place = p.channels_last && readable && vectors && !repeats &&
-               !(joinable && channel_words < kMinJoinedWords);
-    stage = {p.channels_last, groups,     channels,   p.z.in_size * p.y.in_size,
-             p.x.in_size,     p.x.offset, p.x.span(), p.padding};
+    const bool pixels = p.channels_last != p.turns;  // of the input, side by side
+    in_place =
+        pixels && readable && vectors && !repeats && !(joinable && channel_words < kMinJoinedWords);
+    stage = {pixels,      groups,     channels,   p.z.in_size * p.y.in_size,
+             p.x.in_size, p.x.offset, p.x.span(), p.padding};
     const bool joined = joinable && !in_place;
     element_taps = joined ? p.x.taps : 1;
     elements = p.row_taps() * (p.x.taps / max_of<int64_t>(1, element_taps));
@@ -536,7 +537,7 @@ template <class T>
 void correlate(const Correlation<T>& p, const Parallel& pool) {
   const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.out_rows();
   if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
-  const bool planar = p.z.in_size == 1 && p.z.taps == 1 && p.in_order();
+  const bool planar = p.z.in_size == 1 && p.z.taps == 1 && p.in_order() && !p.turns;
   if (planar && p.padding == PaddingMode::kZeros && correlate_small_groups(p, pool)) return;
   if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
     run<T, Acc<T>, true>(p, pool);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/conv_forward.h"
 #include "cpu/conv_pointwise.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/reduce.h"
@@ -96,21 +97,24 @@ void pack_weight(const ConvShape& s, ConvAlgorithm algorithm, const void* weight
 }
 
 // scale * (conv + bias) + shift as one factor and one term per channel, null where there is nothing
-// to do.
+// to do. `room`: affine_numbers(p) of them.
 template <class T>
-void fold_affine(const ConvForward& p, const Acc<T>** scale, const Acc<T>** shift) {
+void fold_affine(const ConvForward& p, Acc<T>* room, const Acc<T>** scale, const Acc<T>** shift) {
   *scale = *shift = nullptr;
   if (!p.bias && !p.scale && !p.shift) return;
-  const int64_t n = p.shape.transposed ? p.shape.channels : p.shape.out_channels;
-  const int64_t padded = n + kVectorSlack<T>;
-  auto* terms = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, 3 * padded * sizeof(Acc<T>)));
-  Acc<T>*factors = terms + padded, *bias = factors + padded;
+  const int64_t n = output_channels(p.shape), padded = n + kVectorSlack<T>;
+  Acc<T>*terms = room, *factors = terms + padded, *bias = factors + padded;
   widen_padded(static_cast<const Acc<T>*>(p.shift), n, padded, Acc<T>(0), terms);
   widen_padded(static_cast<const Acc<T>*>(p.scale), n, padded, Acc<T>(1), factors);
   widen_padded(static_cast<const T*>(p.bias), n, padded, Acc<T>(0), bias);
   for (int64_t i = 0; i < n; ++i) terms[i] += factors[i] * bias[i];
   *shift = terms;
   if (p.scale) *scale = factors;
+}
+template <class T>
+Acc<T>* affine_room(const ConvForward& p) {
+  const size_t bytes = static_cast<size_t>(affine_numbers<T>(p)) * sizeof(Acc<T>);
+  return static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, bytes));
 }
 
 template <class T>
@@ -141,7 +145,7 @@ void forward_pointwise(const ConvForward& p, const Parallel& pool) {
   c.pixels = s.height * s.width;
   c.input = static_cast<const T*>(p.input);
   c.weight = static_cast<const T*>(p.weight);
-  fold_affine<T>(p, &c.scale, &c.shift);
+  fold_affine<T>(p, affine_room<T>(p), &c.scale, &c.shift);
   c.residual = static_cast<const T*>(p.residual);
   c.activation = p.activation;
   c.output = static_cast<T*>(p.output);
@@ -158,8 +162,45 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
     if (s.axes < 3 && !s.transposed && is_pointwise<T>(s, p.pool))
       return forward_pointwise<T>(p, pool);
   }
+  const ReadWeight weight = weight_read_by(p);
+  auto c = correlation_of<T>(p, weight.packed, affine_room<T>(p));
+  if (!c.weight) {
+    void* packed = scratch_bytes(Scratch::kCall, bytes_for(s, weight.algorithm));
+    pack_for(s, weight.algorithm, p.weight, packed, pool);
+    c.weight = packed;
+  }
+  if (p.argmax && p.pool.kind == PoolKind::kAverage && leaves_rows(p.pool, s.out_height))
+    std::memset(p.argmax, 0, s.batch * s.out_channels * s.out_depth * s.out_height * s.out_width);
+  c.moments = moments_of<T>(p, pool);
+  if constexpr (sizeof(T) <= 4) {
+    if (weight.algorithm == ConvAlgorithm::kWinograd4) {
+      if (s.transposed) turn(s, &c);
+      correlate_winograd(c, pool);
+      return store_moments(p, c.moments, pool);
+    }
+  }
+  if (s.transposed)
+    return correlate_adjoint(s, adjoint_view<T>(s, p.weight, nullptr), c.weight, {0, s.depth},
+                             {0, s.height}, {0, s.width}, c, pool);
+  correlate(c, pool);
+  store_moments(p, c.moments, pool);
+}
+
+}  // namespace
+
+ReadWeight weight_read_by(const ConvForward& p) {
+  const ConvShape& s = p.shape;
   const bool pool_fits = p.pool.kernel_h == 0 || p.pool.stride_h <= kWinogradMaxPoolStride;
-  ConvAlgorithm algorithm = pool_fits ? p.algorithm : ConvAlgorithm::kDirect;
+  if (p.packed_weight && packs_for_both(s, p.algorithm) && (!pool_fits || few_tiles(s)))
+    return {ConvAlgorithm::kDirect,
+            static_cast<const char*>(p.packed_weight) + bytes_for(s, p.algorithm)};
+  if (!pool_fits && p.algorithm != ConvAlgorithm::kDirect) return {ConvAlgorithm::kDirect, nullptr};
+  return {p.algorithm, p.packed_weight};
+}
+
+template <class T>
+Correlation<T> correlation_of(const ConvForward& p, const void* weight, Acc<T>* room) {
+  const ConvShape& s = p.shape;
   Correlation<T> c{};
   c.channels_last = s.channels_last;
   c.padding = s.padding_mode;
@@ -174,51 +215,31 @@ void forward_typed(const ConvForward& p, const Parallel& pool) {
   c.place_y = {s.out_height, 0, 1};
   c.place_x = {s.out_width, 0, 1};
   c.input = static_cast<const T*>(p.input);
-  c.weight = algorithm == p.algorithm ? p.packed_weight : nullptr;
-  if (p.packed_weight && packs_for_both(s, p.algorithm) && (!pool_fits || few_tiles(s))) {
-    algorithm = ConvAlgorithm::kDirect;
-    c.weight = static_cast<const char*>(p.packed_weight) + bytes_for(s, p.algorithm);
-  }
-  if (!c.weight) {
-    void* packed = scratch_bytes(Scratch::kCall, bytes_for(s, algorithm));
-    pack_for(s, algorithm, p.weight, packed, pool);
-    c.weight = packed;
-  }
-  fold_affine<T>(p, &c.scale, &c.shift);
+  c.weight = weight;
+  fold_affine<T>(p, room, &c.scale, &c.shift);
   c.residual = static_cast<const T*>(p.residual);
   c.activation = p.activation;
   c.output = static_cast<T*>(p.output);
   c.preactivation = static_cast<T*>(p.preactivation);
   c.pool = p.pool;
   c.argmax = p.argmax;
-  if (p.argmax && p.pool.kind == PoolKind::kAverage && leaves_rows(p.pool, s.out_height))
-    std::memset(p.argmax, 0, s.batch * s.out_channels * s.out_depth * s.out_height * s.out_width);
-  c.moments = moments_of<T>(p, pool);
-  if constexpr (sizeof(T) <= 4) {
-    if (algorithm == ConvAlgorithm::kWinograd4) {
-      if (s.transposed) turn(s, &c);
-      correlate_winograd(c, pool);
-      return store_moments(p, c.moments, pool);
-    }
-  }
-  if (s.transposed)
-    return correlate_adjoint(s, adjoint_view<T>(s, p.weight, nullptr), c.weight, {0, s.depth},
-                             {0, s.height}, {0, s.width}, c, pool);
-  correlate(c, pool);
-  store_moments(p, c.moments, pool);
+  return c;
 }
+template Correlation<float> correlation_of(const ConvForward&, const void*, float*);
+template Correlation<bf16> correlation_of(const ConvForward&, const void*, float*);
+template Correlation<f16> correlation_of(const ConvForward&, const void*, float*);
+template Correlation<double> correlation_of(const ConvForward&, const void*, double*);
 
-void forward(const ConvForward& p, const Parallel& pool) {
+void conv_forward(const ConvForward& p, const Parallel& pool) {
   with_type(p.shape.dtype,
             [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(p, pool); });
 }
 
-}  // namespace
-
 const ConvKernels& conv_kernels() {
-  static constexpr ConvKernels table{&choose_algorithm,  &packed_bytes,     &pack_weight,
-                                     &forward,           &conv_backward,    &max_pool_forward,
-                                     &max_pool_backward, &avg_pool_forward, &avg_pool_backward};
+  static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,     &pack_weight,
+                                     &conv_forward,     &conv_chain_bytes, &conv_chain_forward,
+                                     &conv_backward,    &max_pool_forward, &max_pool_backward,
+                                     &avg_pool_forward, &avg_pool_backward};
   return table;
 }
 

@@ -61,6 +61,7 @@ struct Correlation {
   PoolShape pool;  // kernel_h == 0: none
   uint8_t* argmax;
   ChannelMoments<T> moments;  // of the output, if wanted; without pool, and in order
+  bool turns = false;         // the input has the other layout: channels_last says the output's
 
   // Depth and height as one axis of rows.
   int64_t out_rows() const { return z.out_size * y.out_size; }

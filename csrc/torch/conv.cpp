@@ -7,6 +7,17 @@
 namespace fmk::ops {
 namespace {
 
+// What a convolution needs to know of an image.
+struct Image {
+  DType dtype;
+  bool channels_last;
+  Ints size;
+};
+Image image_of(const Tensor& input) {
+  const bool channels_last = image_layout(input, "input");
+  return {dtype_of(input, "input"), channels_last, shape_of(input)};
+}
+
 struct Conv {
   ConvShape shape;
   PoolShape pool;
@@ -87,7 +98,7 @@ int64_t other_size(const ConvShape& s, const AxisOptions& a, int64_t size) {
   return out;
 }
 
-Conv check_conv(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+Conv check_conv(const Image& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                 const Ints& dilation, int64_t groups, bool transposed,
                 const std::string& padding_mode, const std::optional<std::string>& pool,
                 const Ints& window) {
@@ -96,19 +107,19 @@ Conv check_conv(const Tensor& input, const Tensor& weight, const Ints& stride, c
   c.shape =
       check_weight(weight, stride, padding, dilation, groups, transposed, padding_mode, &options);
   ConvShape& s = c.shape;
-  s.channels_last = image_layout(input, "input");
-  check_like(weight, "weight", input, "input");
-  FMK_CHECK(input.dim() == weight.dim(), "input: expected ", weight.dim(), " dimensions, got ",
-            input.dim());
-  const int64_t channels = transposed ? s.out_channels : s.channels;
-  FMK_CHECK(input.size(1) == channels, "input: expected ", channels, " channels, got ",
-            input.size(1));
-  s.batch = input.size(0);
+  s.channels_last = input.channels_last;
+  FMK_CHECK(s.dtype == input.dtype, "weight: expected the dtype of input");
+  const int64_t dims = weight.dim(), channels = transposed ? s.out_channels : s.channels;
+  FMK_CHECK(static_cast<int64_t>(input.size.size()) == dims, "input: expected ", dims,
+            " dimensions, got ", input.size.size());
+  FMK_CHECK(input.size[1] == channels, "input: expected ", channels, " channels, got ",
+            input.size[1]);
+  s.batch = input.size[0];
   int64_t near[3] = {1, 1, 1}, far[3] = {1, 1, 1};
   c.output_channels = transposed ? s.channels : s.out_channels;
   c.conv_size = {s.batch, c.output_channels};
   for (int i = 3 - s.axes; i < 3; ++i) {
-    near[i] = input.size(i - 3 + input.dim());
+    near[i] = input.size[i - 3 + dims];
     far[i] = other_size(s, options.axis[i], near[i]);
     c.conv_size.push_back(far[i]);
   }
@@ -141,9 +152,8 @@ ConvAlgorithm packed_algorithm(const Tensor& packed) {
 }
 
 // A convolution without what may follow it.
-ConvForward bare_forward(const Conv& c, const Tensor& input, const Tensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& packed_weight,
-                         bool exact) {
+ConvForward bare_forward(const Conv& c, const Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& packed_weight, bool exact) {
   const ConvKernels& kernels = conv_kernels();
   ConvForward p{};
   p.shape = c.shape;
@@ -168,7 +178,6 @@ ConvForward bare_forward(const Conv& c, const Tensor& input, const Tensor& weigh
   const bool unread =
       p.packed_weight && c.shape.taps() > 1 && p.pool.stride_h <= kWinogradMaxPoolStride;
   if (!unread) check_contiguous(weight, "weight");
-  p.input = data_of(input);
   p.weight = data_of(weight);
   p.bias = data_of(bias);
   return p;
@@ -181,14 +190,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
     const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
     const std::optional<std::string>& activation, const std::optional<std::string>& pool,
     const Ints& window, bool save_for_backward, bool exact) {
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, transposed,
+  const Conv c = check_conv(image_of(input), weight, stride, padding, dilation, groups, transposed,
                             padding_mode, pool, window);
   const bool channels_last = c.shape.channels_last;
   check_parameter(bias, "bias", input, {c.output_channels});
   check_vector(scale, "scale", input, c.output_channels);
   check_vector(shift, "shift", input, c.output_channels);
   if (residual) check_image(*residual, "residual", input.scalar_type(), c.conv_size, channels_last);
-  ConvForward p = bare_forward(c, input, weight, bias, packed_weight, exact);
+  ConvForward p = bare_forward(c, weight, bias, packed_weight, exact);
+  p.input = data_of(input);
   p.scale = data_of(scale);
   p.shift = data_of(shift);
   p.residual = data_of(residual);
@@ -210,21 +220,69 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
   return {output, saved, argmax};
 }
 
+// Of a layer of a chain: numbers[kChainNumbers] and names[kChainNames], see schema.py.
+constexpr size_t kChainNumbers = 15, kChainNames = 3, kChainVectors = 4;
+
+Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
+                  const std::vector<OptionalTensor>& vectors, const OptionalTensor& residual,
+                  const Ints& numbers, const std::vector<std::string>& names, bool exact) {
+  const size_t count = weights.size();
+  FMK_CHECK(count >= 1 && vectors.size() == count * kChainVectors &&
+                numbers.size() == count * kChainNumbers && names.size() == count * kChainNames,
+            "weights: expected one per layer, and as many settings");
+  Image image = image_of(input);
+  std::vector<ConvForward> layers;
+  for (size_t i = 0; i < count; ++i) {
+    const OptionalTensor *bias = &vectors[i * kChainVectors], *scale = bias + 1, *shift = bias + 2;
+    const int64_t* number = &numbers[i * kChainNumbers];
+    const std::string* name = &names[i * kChainNames];
+    const auto given = [](const std::string& text) {
+      return text.empty() ? std::nullopt : std::optional<std::string>(text);
+    };
+    const Conv c = check_conv(image, weights[i], {number, number + 2}, {number + 2, number + 6},
+                              {number + 6, number + 8}, number[8], false, name[0], given(name[2]),
+                              name[2].empty() ? Ints{} : Ints{number + 9, number + 15});
+    check_parameter(*bias, "bias", input, {c.output_channels});
+    check_vector(*scale, "scale", input, c.output_channels);
+    check_vector(*shift, "shift", input, c.output_channels);
+    ConvForward p = bare_forward(c, weights[i], *bias, bias[3], exact);
+    p.scale = data_of(*scale);
+    p.shift = data_of(*shift);
+    p.activation = activation_from(given(name[1]));
+    if (i + 1 == count && residual) {
+      check_image(*residual, "residual", input.scalar_type(), c.conv_size, image.channels_last);
+      p.residual = data_of(*residual);
+    }
+    layers.push_back(p);
+    image.size = c.output_size;
+  }
+  Tensor output = allocate_image(input, image.size, image.channels_last);
+  layers.front().input = data_of(input);
+  layers.back().output = mutable_data_of(output);
+  const ConvKernels& kernels = conv_kernels();
+  const int64_t n = static_cast<int64_t>(count);
+  const size_t bytes = kernels.chain_bytes(layers.data(), n);
+  Tensor workspace = allocate(input, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  kernels.chain_forward(layers.data(), n, mutable_data_of(workspace), torch_pool());
+  return output;
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_statistics(const Tensor& input, const Tensor& weight,
                                                    const OptionalTensor& bias,
                                                    const OptionalTensor& packed_weight,
                                                    const Ints& stride, const Ints& padding,
                                                    const Ints& dilation, int64_t groups,
                                                    const std::string& padding_mode, bool exact) {
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, false, padding_mode,
-                            std::nullopt, {});
+  const Conv c = check_conv(image_of(input), weight, stride, padding, dilation, groups, false,
+                            padding_mode, std::nullopt, {});
   check_parameter(bias, "bias", input, {c.output_channels});
   const Parallel pool = torch_pool();
   Tensor output = allocate_image(input, c.output_size, c.shape.channels_last);
   Tensor mean = allocate(input, {c.output_channels}, accumulated_as(input));
   Tensor variance = allocate(input, {c.output_channels}, accumulated_as(input));
   Tensor moments = allocate(input, {3 * pool.threads * c.output_channels}, ScalarType::Double);
-  ConvForward p = bare_forward(c, input, weight, bias, packed_weight, exact);
+  ConvForward p = bare_forward(c, weight, bias, packed_weight, exact);
+  p.input = data_of(input);
   p.output = mutable_data_of(output);
   p.mean = mutable_data_of(mean);
   p.variance = mutable_data_of(variance);
@@ -242,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Ints& window, bool need_input, bool need_weight, bool need_bias, bool need_scale,
     bool need_shift, bool need_residual, bool exact) {
   check_contiguous(weight, "weight");
-  const Conv c = check_conv(input, weight, stride, padding, dilation, groups, transposed,
+  const Conv c = check_conv(image_of(input), weight, stride, padding, dilation, groups, transposed,
                             padding_mode, pool, window);
   const bool channels_last = c.shape.channels_last;
   const ScalarType dtype = input.scalar_type();
@@ -323,6 +381,7 @@ Tensor conv_pack_weight(const Tensor& weight, const Ints& stride, const Ints& pa
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("conv_chain", TORCH_BOX(&conv_chain));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("conv_pack_weight", TORCH_BOX(&conv_pack_weight));

@@ -11,17 +11,19 @@ residual, that one still returns what it returned.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fmkernels._replace import rewrite, scopes, steps
+from fmkernels._replace import rewrite, scopes, sequential, steps
 from fmkernels._replace.catalog import has_call_hooks
 from fmkernels._replace.effects import Effects
+from fmkernels._replace.sequential import SequentialForward
 from fmkernels._replace.steps import Step
 from fmkernels._replace.trace import Trace, TraceError, trace
 
@@ -52,7 +54,7 @@ class Fusion:
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
-    forwards: dict[str, rewrite.Forward | rewrite.SequentialForward] = field(default_factory=dict)
+    forwards: dict[str, rewrite.Forward | SequentialForward] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -128,18 +130,43 @@ class _Planner:
         self._effects = Effects(by_module)
         # The inner ones first: a sum may be fused into a layer inside of a module that it calls.
         for path, module in reversed(found):
-            if scopes.is_plain_sequential(module):
+            if sequential.is_plain(module):
                 self._add_sequential(path, module)
             elif path in self._traces:
                 self._add_traced(path, module)
         for path, edits in self._edits.items():
             self._fusion.forwards[path] = rewrite.Forward.of(self._traces[path], edits)
+        for path, module in found:
+            if (
+                sequential.is_plain(module)
+                and path not in self._fusion.forwards
+                and rewrite.obstacle_of(module) is None
+                and self._has_convolutions_in_a_row(path, module)
+            ):
+                self._fusion.forwards[path] = SequentialForward(None, tuple(module._modules))
         return self._fusion
+
+    def _has_convolutions_in_a_row(self, path: str, module: nn.Sequential) -> bool:
+        """Whether the Sequential calls two with nothing in between but what is fused into them."""
+        fused = {member for chain in self._fusion.chains.values() for member in chain.members}
+
+        def members(path: str, module: nn.Module) -> Iterator[str]:
+            for name, child in module._modules.items():
+                child_path = scopes.join(path, name)
+                if sequential.is_plain(child):
+                    yield from members(child_path, child)
+                elif child_path not in fused:
+                    yield child_path
+
+        convs = [
+            isinstance(self._heads.get(member), nn.Conv2d) for member in members(path, module)
+        ]
+        return any(pair == (True, True) for pair in itertools.pairwise(convs))
 
     def _trace(self, found: list[tuple[str, nn.Module]]) -> None:
         paths = {id(m): path for path, m in self._model.named_modules()}
         for path, module in found:
-            if scopes.is_plain_sequential(module):
+            if sequential.is_plain(module):
                 continue
             try:
                 self._traces[path] = _traces(module)
@@ -245,7 +272,7 @@ class _Planner:
         for path in through:
             if path in self._tail_members:
                 names = tuple(self._model.get_submodule(path)._modules)
-                forward = rewrite.SequentialForward(self._tail_members[path], names)
+                forward = SequentialForward(self._tail_members[path], names)
                 self._fusion.forwards[path] = forward
             else:
                 calls = self._tail_calls[path]

@@ -11,8 +11,8 @@ import operator
 
 from torch import fx, nn
 
+from fmkernels._replace import sequential
 from fmkernels._replace.catalog import has_call_hooks
-from fmkernels._replace.scopes import is_plain_sequential
 from fmkernels._replace.trace import Trace
 
 # These make a new tensor of what they read.
@@ -60,7 +60,7 @@ class Effects:
             return False
         if _is_torch_layer(module):
             return isinstance(module, _FRESH)
-        if is_plain_sequential(module):
+        if sequential.is_plain(module):
             layers = (child for child in module.children() if type(child) is not nn.Identity)
             first = next(layers, None)
             return first is not None and self.reads_afresh(first)
@@ -77,7 +77,7 @@ class Effects:
     def _harmless_module(self, module: nn.Module) -> bool:
         if has_call_hooks(module) or "forward" in vars(module):
             return False
-        if is_plain_sequential(module):
+        if sequential.is_plain(module):
             return all(self._harmless_module(child) for child in module.children())
         if _is_torch_layer(module):
             return isinstance(module, (*_FRESH, *_POOLS, nn.Identity))
@@ -102,7 +102,7 @@ def _is_harmless_function(node: fx.Node) -> bool:
 
 def _is_torch_layer(module: nn.Module) -> bool:
     own = type(module).__module__.startswith("torch.nn.modules.")
-    return own and not is_plain_sequential(module)
+    return own and not sequential.is_plain(module)
 
 
 def _is_random(name: str) -> bool:

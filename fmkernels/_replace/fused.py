@@ -20,7 +20,9 @@ from fmkernels._dispatch import autocast_enabled
 from fmkernels._replace import steps
 from fmkernels.functional.conv import Pool, conv_output_shape
 from fmkernels.nn._frozen import adopt
+from fmkernels.nn.conv import everyday_call
 from fmkernels.ops import _activations
+from fmkernels.ops.conv import quick
 
 
 class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
@@ -86,8 +88,7 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
             return self._block(input, None, None, None)
         # A tensor that the kernels cannot add as it is comes back as None, and is looked at below.
         if isinstance(residual, Tensor):
-            packed = self._packed()
-            output = self._everyday(input, residual, self.activation, self.pool, packed)
+            output = everyday_call(self.frozen_layer(True), input, residual)
             if output is not None:
                 return output
         conv = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
@@ -97,6 +98,11 @@ class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
         output = steps.SUMS[self.residual_sum](self._block(input, None, None, None), residual)
         output = _activations.apply(self.activation, output)
         return output if self.pool is None else steps.POOLS[self.pool[0]](output, *self.pool[1:])
+
+    def frozen_layer(self, has_residual: bool) -> quick.Layer | None:
+        if self.residual_sum is None or has_residual:
+            return super().frozen_layer(has_residual)
+        return self._everyday_layer(None, None, self._packed())
 
     def extra_repr(self) -> str:
         extras = ["batch norm"] if self.norm is not None else []

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from fmkernels._replace.sequential import SequentialForward
 from fmkernels._replace.trace import Trace
 
 _MISSING = object()
@@ -86,31 +87,6 @@ class FusedSum:
     node: fx.Node
     residual: fx.Node
     moved: list[fx.Node]
-
-
-@dataclass(frozen=True)
-class SequentialForward:
-    """The forward of a Sequential that hands a residual on to one of its members.
-
-    Attributes:
-        member: its name.
-        names: of all members. Another one after it would follow the sum instead of preceding it.
-    """
-
-    member: str
-    names: tuple[str, ...]
-
-    def __call__(self, module: nn.Sequential, input: Tensor, residual: Any = None) -> Any:
-        if residual is not None and tuple(module._modules) != self.names:
-            raise RuntimeError(
-                f"{type(module).__name__} had the members {', '.join(self.names)} when "
-                "fmkernels.replace fused a sum into one of them, and has changed since: undo the "
-                "replacement, and replace again"
-            )
-        for name, layer in module._modules.items():
-            given = residual is not None and name == self.member
-            input = layer(input, residual) if given else layer(input)
-        return input
 
 
 class Forward:
@@ -235,6 +211,7 @@ def _class_with(original: type, forward: Forward | SequentialForward) -> type:
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "_fmkernels_original": original,
+            "_fmkernels_forward": forward,
         },
     )
 

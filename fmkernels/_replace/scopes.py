@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fmkernels._replace import sequential
 from fmkernels._replace.catalog import has_call_hooks
 from fmkernels._replace.trace import Trace
 
@@ -31,16 +32,12 @@ def called_by(model: nn.Module, scope: str, path: str) -> bool:
 def is_scope(module: nn.Module) -> bool:
     """Whether chains are looked for in ``module``'s forward; torch's own layers keep theirs."""
     own = type(module).__module__.startswith("torch.nn.")
-    return is_plain_sequential(module) or (_has_forward(module) and not own)
+    return sequential.is_plain(module) or (_has_forward(module) and not own)
 
 
 def _has_forward(module: nn.Module) -> bool:
     """Whether ``module`` is called, as opposed to merely holding others."""
     return type(module).forward is not nn.Module.forward
-
-
-def is_plain_sequential(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
 def _owner(path: str) -> str:

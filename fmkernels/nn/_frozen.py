@@ -30,7 +30,7 @@ class Freezable(nn.Module):
     :meth:`_packed` in ``forward``.
     """
 
-    _frozen_sources: tuple | None
+    _frozen_sources: list[tuple] | None
     _frozen_names: tuple[str, ...]
     _checks_each_call: bool
     _packing_precision: str
@@ -102,15 +102,15 @@ class Freezable(nn.Module):
                     "noticing (.data, NumPy, a fused optimizer): freeze it again after that"
                 )
 
-    def _source_identity(self) -> tuple:
-        return tuple(
-            [
-                # Inference tensors have no version counter, and cannot change outside inference
-                # mode.
-                (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
-                for t in self._packing_sources()
+    def _source_identity(self) -> list[tuple]:
+        sources = self._packing_sources()
+        try:
+            return [(t.data_ptr(), t._version, t.dtype) for t in sources]
+        except RuntimeError:
+            # Inference tensors have no version counter, and cannot change outside inference mode.
+            return [
+                (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources
             ]
-        )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

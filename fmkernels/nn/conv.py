@@ -123,10 +123,7 @@ def _adopt_parametrized(layer: _FusedConv, module: nn.Module) -> None:
 class _ForwardConv(_FusedConv):
     def forward(self, input: Tensor) -> Tensor:
         (packed_weight,) = self._packed()
-        output = everyday_call(
-            self, input, packed_weight, None, None, None,
-            self.activation, self.pool, self.backend,
-        )  # fmt: skip
+        output = everyday_call(self._everyday_layer(packed_weight), input)
         if output is not None:
             return output
         return self._function(
@@ -138,6 +135,16 @@ class _ForwardConv(_FusedConv):
             self.dilation,
             self.groups,
             **self._extras(packed_weight),
+        )
+
+    def frozen_layer(self, has_residual: bool) -> quick.Layer | None:
+        """The layer for a chain of convolutions, if it is frozen."""
+        (packed_weight,) = self._packed()
+        return None if has_residual else self._everyday_layer(packed_weight)
+
+    def _everyday_layer(self, packed_weight: Tensor | None) -> quick.Layer | None:
+        return everyday_layer(
+            self, packed_weight, None, None, self.activation, self.pool, self.backend
         )
 
 
@@ -291,19 +298,17 @@ class ConvTranspose3d(_TransposedConv, nn.ConvTranspose3d):
     _function = staticmethod(F.conv_transpose3d)
 
 
-def everyday_call(
+def everyday_layer(
     conv: nn.modules.conv._ConvNd,
-    input: Tensor,
     packed_weight: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    residual: Tensor | None,
     activation: str | None,
     pool: Pool | None,
     backend: str | None,
-) -> Tensor | None:
-    """The call of a frozen layer, without the way through the functional interface, which takes
-    longer than a small convolution; None where that is needed (:mod:`fmkernels.ops.conv.quick`).
+) -> quick.Layer | None:
+    """A frozen layer for :mod:`fmkernels.ops.conv.quick`, without the way through the functional
+    interface, which takes longer than a small convolution; None where that is needed.
     """
     if packed_weight is None:
         return None
@@ -321,6 +326,16 @@ def everyday_call(
     if options is None:
         return None
     weight, bias = parameters_of(conv, ("weight", "bias"))
+    return quick.Layer(weight, bias, scale, shift, packed_weight, options, backend)
+
+
+def everyday_call(
+    layer: quick.Layer | None, input: Tensor, residual: Tensor | None = None
+) -> Tensor | None:
+    """A single :func:`everyday_layer`."""
+    if layer is None:
+        return None
+    weight, bias, scale, shift, packed_weight, options, backend = layer
     return quick.conv(input, weight, bias, scale, shift, residual, packed_weight, options, backend)
 
 

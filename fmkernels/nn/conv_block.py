@@ -13,8 +13,9 @@ from fmkernels._dispatch import check_backend_name
 from fmkernels.functional._conv_arguments import Pool, check_pool, check_window, parse_pool
 from fmkernels.functional.conv import conv_with_statistics
 from fmkernels.nn._frozen import Freezable, buffers_of, parameters_of
-from fmkernels.nn.conv import everyday_call, pack_conv
+from fmkernels.nn.conv import everyday_call, everyday_layer, pack_conv
 from fmkernels.ops import _activations
+from fmkernels.ops.conv import quick
 from fmkernels.ops.conv.autograd_norm import norm as norm_image
 
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
@@ -118,7 +119,8 @@ class _ConvBlock(Freezable, nn.Module):
         pool: Pool | None,
     ) -> Tensor:
         norm, packed = self.norm, self._packed()
-        output = self._everyday(input, residual, activation, pool, packed)
+        layer = self._everyday_layer(activation, pool, packed)
+        output = everyday_call(layer, input, residual)
         if output is not None:
             return output
         packed_weight, scale, shift = packed
@@ -141,22 +143,21 @@ class _ConvBlock(Freezable, nn.Module):
             pool=pool,
         )
 
-    def _everyday(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        activation: str | None,
-        pool: Pool | None,
-        packed: tuple[Tensor | None, ...],
-    ) -> Tensor | None:
-        """The block as one op, if it is frozen and the call an everyday one without a graph."""
+    def frozen_layer(self, has_residual: bool) -> quick.Layer | None:
+        """The block for a chain of convolutions, if it is frozen."""
+        return self._everyday_layer(self.activation, self.pool, self._packed())
+
+    def _everyday_layer(
+        self, activation: str | None, pool: Pool | None, packed: tuple[Tensor | None, ...]
+    ) -> quick.Layer | None:
+        """The block as one op without a graph, if it is frozen."""
         norm, (packed_weight, scale, shift) = self.norm, packed
         # What the norm was folded into has no graph, whichever of its parameters want one.
         folded = scale is not None and not norm.training and not torch.is_grad_enabled()
         if norm is not None and not folded:
             return None
-        return everyday_call(
-            self.conv, input, packed_weight, scale, shift, residual, activation, pool, self.backend
+        return everyday_layer(
+            self.conv, packed_weight, scale, shift, activation, pool, self.backend
         )
 
     def _conv(self, input: Tensor, packed_weight: Tensor | None, **epilogue: Any) -> Tensor:
@@ -228,14 +229,15 @@ class _ConvBlock(Freezable, nn.Module):
             _update_running_statistics(norm, mean, variance, count)
         return output.squeeze(0) if unbatched else output
 
-    def _packing_sources(self) -> tuple[Tensor, ...]:
+    def _packing_sources(self) -> list[Tensor]:
         norm = self.norm
-        weight = parameters_of(self.conv, ("weight",))
-        if not _has_running_statistics(norm):
-            return tuple(weight)
-        folded = parameters_of(norm, ("weight", "bias"))
-        folded += buffers_of(norm, ("running_mean", "running_var"))
-        return (*weight, *[t for t in folded if t is not None])
+        sources = parameters_of(self.conv, ("weight",))
+        if _has_running_statistics(norm):
+            sources += parameters_of(norm, ("weight", "bias"))
+            sources += buffers_of(norm, ("running_mean", "running_var"))
+            if sources[1] is None or sources[2] is None:  # not affine
+                sources = [t for t in sources if t is not None]
+        return sources
 
     def _compute_packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         scale = shift = None

@@ -29,7 +29,7 @@ FUSED_POOL_WINDOWS = ((2, 2), (3, 3))
 _ops = torch.ops.fmkernels
 
 _NATIVE_CONV = native_ops_support(
-    "conv_forward", "conv_statistics", "conv_backward", "conv_pack_weight"
+    "conv_forward", "conv_chain", "conv_statistics", "conv_backward", "conv_pack_weight"
 )
 _NATIVE_MAX_POOL = native_ops_support("max_pool_forward", "max_pool_backward")
 _NATIVE_AVG_POOL = native_ops_support("avg_pool_forward", "avg_pool_backward")
@@ -136,6 +136,9 @@ CONV = {
         backward=reference.conv_backward,
     ),
 }
+
+# Native alone: frozen layers in a row as one op.
+CHAIN = _ops.conv_chain.default
 
 # Causal convolutions that read a state in place of their padding.
 CAUSAL = {

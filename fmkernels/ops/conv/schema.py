@@ -25,6 +25,13 @@ without it may be passed to a forward with it: the forward then packs anew if it
 
 A transposed convolution of a stride above 1 takes no pool.
 
+conv_chain is one conv_forward after the other, each of the output of the one before, without
+anything that only training wants. ``weights`` has an entry per layer; the others have several, layer
+after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``, for images of two axes,
+stride, padding, dilation, groups and the pool's window (zeros without pool), ``names``
+padding_mode, activation and pool ("" for None): :func:`chain_settings`. ``residual`` is the last
+layer's.
+
 conv_statistics is conv_forward without an epilogue, together with the mean and the biased variance
 of each channel of the output, as it is stored, over batch and pixels: (O), dtypes as ``scale``.
 They are gathered while the blocks of the output are in the cache. Not for transposed convolutions.
@@ -44,6 +51,7 @@ from fmkernels.ops._activations import needs_preactivation, opmath_dtype
 from fmkernels.ops.conv.geometry import (
     ConvOptions,
     conv_shape,
+    conv_size,
     is_channels_last,
     new_image,
     pooled_shape,
@@ -62,6 +70,10 @@ _library.define(
     "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     f"Tensor? residual, Tensor? packed_weight, {_OPTIONS}, bool save_for_backward, "
     "bool exact=False) -> (Tensor output, Tensor saved, Tensor argmax)"
+)
+_library.define(
+    "conv_chain(Tensor input, Tensor[] weights, Tensor?[] vectors, Tensor? residual, "
+    "int[] numbers, str[] names, bool exact=False) -> Tensor"
 )
 _library.define(
     "conv_statistics(Tensor input, Tensor weight, Tensor? bias, Tensor? packed_weight, "
@@ -118,6 +130,38 @@ def _conv_forward_fake(
         input.new_empty((0,)) if saved is None else saved,
         input.new_empty((0,), dtype=torch.uint8) if argmax is None else argmax,
     )
+
+
+def chain_settings(layers: Sequence[ConvOptions]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """conv_chain's ``numbers`` and ``names`` for layers over two axes."""
+    numbers, names = [], []
+    for o in layers:
+        window = o.window or (0,) * 6
+        numbers += [*o.stride, *o.padding, *o.dilation, o.groups, *window]
+        names += [o.padding_mode, o.activation or "", o.pool or ""]
+    return tuple(numbers), tuple(names)
+
+
+_CHAIN_NUMBERS = 15
+
+
+@torch.library.register_fake("fmkernels::conv_chain", lib=_library)
+def _conv_chain_fake(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    residual: Tensor | None,
+    numbers: Sequence[int],
+    names: Sequence[str],
+    exact: bool = False,
+) -> Tensor:
+    shape = tuple(input.shape)
+    for i, weight in enumerate(weights):
+        n = numbers[i * _CHAIN_NUMBERS : (i + 1) * _CHAIN_NUMBERS]
+        spatial = conv_size(shape[2:], weight.shape[2:], n[:2], n[2:6], n[6:8])
+        window = n[9:] if names[3 * i + 2] else ()
+        shape = pooled_shape((shape[0], weight.shape[0], *spatial), window)
+    return new_image(input, shape, is_channels_last(input))
 
 
 @torch.library.register_fake("fmkernels::conv_statistics", lib=_library)

@@ -1,0 +1,35 @@
+// The forward pass in parts, for a single convolution and for chains of them.
+#pragma once
+
+#include "cpu/conv_internal.h"
+
+namespace fmk::FMK_ISA {
+
+// Whole images, by whichever algorithm.
+void conv_forward(const ConvForward&, const Parallel&);
+
+// How a call is computed, and the weight packed for that, or null: there is none yet.
+struct ReadWeight {
+  ConvAlgorithm algorithm;
+  const void* packed;
+};
+ReadWeight weight_read_by(const ConvForward&);
+
+// The correlation that a call comes to, read as a direct sum, but for its moments; a transposed one
+// is its adjoint. `room`: work space of affine_numbers(p) numbers that the result refers to.
+template <class T>
+Correlation<T> correlation_of(const ConvForward& p, const void* weight, Acc<T>* room);
+
+FMK_INLINE int64_t output_channels(const ConvShape& s) {
+  return s.transposed ? s.channels : s.out_channels;
+}
+template <class T>
+FMK_INLINE int64_t affine_numbers(const ConvForward& p) {
+  return 3 * (output_channels(p.shape) + kVectorSlack<T>);
+}
+
+// Chains (conv_chain.cpp); see conv.h.
+size_t conv_chain_bytes(const ConvForward* layers, int64_t count);
+void conv_chain_forward(const ConvForward* layers, int64_t count, void* workspace, const Parallel&);
+
+}  // namespace fmk::FMK_ISA
