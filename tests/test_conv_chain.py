@@ -405,7 +405,7 @@ def test_a_changed_weight_is_noticed(no_grad):
 
 
 def test_hooks_are_called(chains, no_grad):
-    """On a convolution, on what was fused into one, on a Sequential inside; and for all modules."""
+    """On a convolution, on what was fused into one, on a Sequential inside; for all modules."""
     x = torch.randn(INPUT)
     model = randomised(NestedBlock())
     expected = model(x)

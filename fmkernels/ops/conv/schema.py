@@ -26,9 +26,9 @@ without it may be passed to a forward with it: the forward then packs anew if it
 A transposed convolution of a stride above 1 takes no pool.
 
 conv_chain is one conv_forward after the other, each of the output of the one before, without
-anything that only training wants. ``weights`` has an entry per layer; the others have several, layer
-after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``, for images of two axes,
-stride, padding, dilation, groups and the pool's window (zeros without pool), ``names``
+anything that only training wants. ``weights`` has an entry per layer; the others have several,
+layer after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``, for images of two
+axes, stride, padding, dilation, groups and the pool's window (zeros without pool), ``names``
 padding_mode, activation and pool ("" for None): :func:`chain_settings`. ``residual`` is the last
 layer's.
 
