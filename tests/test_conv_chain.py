@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -114,6 +115,11 @@ CHAINS = {
 }  # fmt: skip
 
 
+def in_a_row(layers):
+    """What each of so many layers reads: the output of the one before."""
+    return tuple((i, -1) for i in range(len(layers)))
+
+
 class Problem:
     """Operands of a chain in one dtype and layout."""
 
@@ -141,8 +147,9 @@ class Problem:
         if has_residual and described[-1][2].pool is None:
             self.residual = testing.normal(*size, dtype=dtype).to(memory_format=memory_format)
 
-    def chain(self):
-        output = quick.chain(self.input, self.layers, self.residual)
+    def chain(self, reads=None):
+        reads = in_a_row(self.layers) if reads is None else reads
+        output = quick.chain(self.input, self.layers, reads, self.residual)
         assert output is not None, "the call was not taken as an everyday one"
         return output
 
@@ -243,7 +250,8 @@ def test_the_op_itself(no_grad):
     problem = Problem("pool in the middle", torch.float32, torch.channels_last)
     weights = [layer.weight for layer in problem.layers]
     vectors = [v for layer in problem.layers for v in layer[1:5]]
-    numbers, names = quick.chain_settings([layer.options for layer in problem.layers])
+    options = [layer.options for layer in problem.layers]
+    numbers, names = quick.chain_settings(options, in_a_row(options))
     arguments = (problem.input, weights, vectors, problem.residual, numbers, names)
     torch.library.opcheck(torch.ops.fmkernels.conv_chain.default, arguments)
     op = torch.ops.fmkernels.conv_chain
@@ -256,9 +264,71 @@ def test_the_op_itself(no_grad):
     with pytest.raises(RuntimeError, match="scale"):
         wrong = [*vectors[:1], vectors[1][1:], *vectors[2:]]
         op(problem.input, weights, wrong, None, numbers, names)
+    with pytest.raises(RuntimeError, match="after it"):
+        op(problem.input, weights, vectors, None, [*numbers[:15], 1, *numbers[16:]], names)
+    with pytest.raises(RuntimeError, match="residual of layer 1"):
+        op(problem.input, weights, vectors, None, [*numbers[:33], 0, *numbers[34:]], names)
     with pytest.raises(RuntimeError, match="packed"):
         wrong = [*vectors[:3], vectors[7], *vectors[4:]]
         op(problem.input, weights, wrong, None, numbers, names)
+    twice = Problem("bare", torch.float32, torch.channels_last)
+    with pytest.raises(AssertionError, match="everyday"):
+        twice.chain(((0, -1), (1, -1), (2, 1)))
+    twice.residual = None
+    assert twice.chain(((0, -1), (1, -1), (2, 1))).shape == (2, 48, 40, 40)
+
+
+def graph_of(name):
+    """Layers of a graph, all 3x3 or 1x1 with an odd number of channels, and what they read."""
+    c = {"activation": "relu"}
+    return {
+        # y = f(x); z = g(y) + y; u = h(z) + x; v = k(u) + z
+        "long-lived values": (
+            [conv(3, 24, **c), conv(1, 24, **c), conv(1, 16, **c), conv(3, 24, **c)],
+            ((0, -1), (1, 1), (2, 0), (3, 2)),
+        ),
+        # Two branches, and a value that is read three times.
+        "branches": (
+            [conv(1, 40, **c), conv(3, 40, **c), conv(1, 40, **c), conv(3, 40, **c)],
+            ((0, -1), (1, 1), (0, 2), (3, 1)),
+        ),
+        "a value that nobody reads": (
+            [conv(1, 40, **c), conv(3, 20, **c), conv(1, 16, **c), conv(3, 16, **c)],
+            ((0, -1), (1, -1), (1, 0), (3, 3)),
+        ),
+        # The expanded image between the second and third is the only one that goes band by band.
+        "bands inside": (
+            [conv(1, 16, **c), *inverted_residual(96, 16), conv(1, 16, **c)],
+            ((0, 0), (1, -1), (2, -1), (3, 1), (4, 1)),
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "name", ["long-lived values", "branches", "a value that nobody reads", "bands inside"]
+)
+def test_graphs(name, memory_format, no_grad):
+    """Layers that read more than the one before; what they read is still there."""
+    layers, reads = graph_of(name)
+    x = testing.normal(2, 16, 37, 41).to(memory_format=memory_format)
+    values, plain, exact, ours = [tuple(x.shape)], [x], [x.double()], []
+    for (out, kernel, options, _), (source, added) in zip(layers, reads, strict=True):
+        channels = values[source][1] // options.groups
+        weight = testing.normal(out, channels, *kernel, std=(channels * 9) ** -0.5)
+        packed = pack_conv_weight(weight, options, "cpu")
+        ours.append(quick.Layer(weight, None, None, None, packed, options, None))
+        for known in (plain, exact):
+            residual = None if added < 0 else known[added]
+            known.append(
+                reference.conv_forward(
+                    known[source], weight.to(x.dtype if known is plain else torch.float64), None,
+                    None, None, residual, None, *options, False, False,
+                )[0]
+            )  # fmt: skip
+        values.append(tuple(plain[-1].shape))
+    actual = quick.chain(x, ours, reads, None)
+    testing.assert_within_policy("output", actual, plain[-1], exact[-1])
 
 
 # --- layers ---
@@ -301,8 +371,8 @@ def chains(monkeypatch):
     called = []
     original = quick.chain
 
-    def chain(input, layers, residual):
-        output = original(input, layers, residual)
+    def chain(input, layers, *rest):
+        output = original(input, layers, *rest)
         if output is not None:
             called.append(len(layers))
         return output
@@ -338,7 +408,7 @@ def test_blocks_of_a_model(kind, memory_format, chains, no_grad):
     x = torch.randn(INPUT).to(memory_format=memory_format)
     ours = frozen(model)
     torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
-    assert chains == [3, 3]
+    assert chains == [6]
 
 
 def test_convolutions_in_a_row(chains, no_grad):
@@ -360,6 +430,115 @@ def test_convolutions_in_a_row(chains, no_grad):
     ours = frozen(model)
     torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
     assert chains == [2, 3]
+
+
+class Residual(nn.Module):
+    """As torchvision's, with a branch where the shape changes."""
+
+    def __init__(self, channels, out, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Plain(nn.Module):
+    """No residual; its own forward stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(24, 24, 3, groups=24)
+        self.second = nn.Conv2d(24, 16, 1)
+        self.scale = 1
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class Sum(Block):
+    """More than convolutions."""
+
+    def forward(self, x):
+        return (x + self.body(x)).sin()
+
+
+def test_whole_stacks(chains, no_grad):
+    """One call through modules of several kinds, up to what is no convolution."""
+    model = randomised(
+        nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+            nn.Sequential(Residual(16, 16), Residual(16, 24, 2)),
+            Plain(),
+            NestedBlock(),
+            Sum(),
+            Block(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
+    )
+    x = torch.randn(2, 3, 60, 60)
+    ours = frozen(model)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == [1 + 2 + 3 + 2 + 3, 3, 3]
+    chains.clear()
+    loaded = pickle.loads(pickle.dumps(ours))
+    torch.testing.assert_close(copy.deepcopy(loaded)(x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == [11, 3, 3]
+    fmkernels.unfreeze(ours)
+    chains.clear()
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == []
+
+
+def test_a_module_that_has_changed_is_called(chains, no_grad):
+    """What its forward read, or its training flag."""
+
+    class Chooses(Plain):
+        def forward(self, x):
+            return self.second(self.first(x)) if self.scale == 1 else self.first(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), Chooses(), nn.ReLU()).eval()
+    ours = frozen(model)
+    x = torch.randn(1, 3, 20, 20)
+    ours(x)
+    assert chains == [3]
+    model[1].scale = ours[1].scale = 2
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    ours[1].scale = 1
+    ours[1].train()
+    chains.clear()
+    ours(x)
+    assert chains == []
+
+
+def test_a_forward_of_its_own_that_is_convolutions_alone(chains, no_grad):
+    """The model itself, called with everything by position; by name it is called as it is."""
+    model = randomised(Residual(16, 24))
+    ours = frozen(model)
+    x = torch.randn(INPUT)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == [3]
+    torch.testing.assert_close(ours(x=x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == [3]
+    with pytest.raises(TypeError):
+        ours()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -488,7 +667,7 @@ def test_copies_and_undoing(chains, no_grad):
         assert isinstance(other, nn.Sequential)
         chains.clear()
         torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
-        assert chains == [3, 2]
+        assert chains == [5]
     report.undo()
     assert type(model) is nn.Sequential
     assert type(model[0].body) is nn.Sequential
@@ -549,3 +728,11 @@ def test_only_sequentials_with_convolutions_in_a_row_are_changed():
     fmkernels.replace(model)
     assert sequential.forward_of(model) is not None
     assert [sequential.forward_of(child) for child in model] == [None] * 4
+
+
+def test_a_forward_of_ones_own_keeps_it():
+    model = nn.Sequential(Plain(), nn.Conv2d(16, 4, 1))
+    own = type(model[0]).forward
+    fmkernels.replace(model)
+    assert type(model[0]).forward is own
+    assert isinstance(model[0], Plain)

@@ -146,11 +146,12 @@ struct ConvKernels {
   void (*pack_weight)(const ConvShape&, ConvAlgorithm, const void* weight, void* packed,
                       const Parallel&);
   void (*forward)(const ConvForward&, const Parallel&);
-  // Convolutions one after the other, each of the output of the one before: the inputs but the
-  // first and the outputs but the last are null. Without anything that only training wants; all but
-  // the last without residual. `workspace`: chain_bytes.
-  size_t (*chain_bytes)(const ConvForward* layers, int64_t count);
-  void (*chain_forward)(const ConvForward* layers, int64_t count, void* workspace, const Parallel&);
+  // Of convolutions without anything that only training wants, each reading nothing but the output
+  // of the one before and, but for the last, without residual: how many from the first on are
+  // better computed together, in bands of rows, than as whole images; 1 if none.
+  int64_t (*banded_layers)(const ConvForward*, int64_t count);
+  // These together. What lies between them is null.
+  void (*banded_forward)(const ConvForward*, int64_t count, const Parallel&);
   void (*backward)(const ConvBackward&, const Parallel&);
   void (*max_pool_forward)(const Pooling&, const void* input, void* output, uint8_t* argmax,
                            const Parallel&);

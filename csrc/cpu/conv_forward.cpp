@@ -237,7 +237,7 @@ void conv_forward(const ConvForward& p, const Parallel& pool) {
 
 const ConvKernels& conv_kernels() {
   static constexpr ConvKernels table{&choose_algorithm, &packed_bytes,     &pack_weight,
-                                     &conv_forward,     &conv_chain_bytes, &conv_chain_forward,
+                                     &conv_forward,     &banded_layers,    &banded_forward,
                                      &conv_backward,    &max_pool_forward, &max_pool_backward,
                                      &avg_pool_forward, &avg_pool_backward};
   return table;

@@ -1,4 +1,4 @@
-// The forward pass in parts, for a single convolution and for chains of them.
+// The forward pass in parts, for whole images and for bands of them.
 #pragma once
 
 #include "cpu/conv_internal.h"
@@ -28,8 +28,8 @@ FMK_INLINE int64_t affine_numbers(const ConvForward& p) {
   return 3 * (output_channels(p.shape) + kVectorSlack<T>);
 }
 
-// Chains (conv_chain.cpp); see conv.h.
-size_t conv_chain_bytes(const ConvForward* layers, int64_t count);
-void conv_chain_forward(const ConvForward* layers, int64_t count, void* workspace, const Parallel&);
+// conv_bands.cpp
+int64_t banded_layers(const ConvForward*, int64_t count);
+void banded_forward(const ConvForward*, int64_t count, const Parallel&);
 
 }  // namespace fmk::FMK_ISA

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "torch/conv_chain.h"
 #include "torch/images.h"
 
 namespace fmk::ops {
@@ -220,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
   return {output, saved, argmax};
 }
 
-// Of a layer of a chain: numbers[kChainNumbers] and names[kChainNames], see schema.py.
-constexpr size_t kChainNumbers = 15, kChainNames = 3, kChainVectors = 4;
+// Of a layer of a chain: its share of the lists, see schema.py.
+constexpr size_t kChainNumbers = 17, kChainNames = 3, kChainVectors = 4;
 
 Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
                   const std::vector<OptionalTensor>& vectors, const OptionalTensor& residual,
@@ -231,7 +232,8 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
                 numbers.size() == count * kChainNumbers && names.size() == count * kChainNames,
             "weights: expected one per layer, and as many settings");
   Image image = image_of(input);
-  std::vector<ConvForward> layers;
+  ConvChain chain;
+  chain.add_value(image.size);
   for (size_t i = 0; i < count; ++i) {
     const OptionalTensor *bias = &vectors[i * kChainVectors], *scale = bias + 1, *shift = bias + 2;
     const int64_t* number = &numbers[i * kChainNumbers];
@@ -239,6 +241,10 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
     const auto given = [](const std::string& text) {
       return text.empty() ? std::nullopt : std::optional<std::string>(text);
     };
+    const int64_t from = number[15], added = number[16], known = static_cast<int64_t>(i);
+    FMK_CHECK(from >= 0 && from <= known && added >= -1 && added <= known,
+              "numbers: a layer reads what comes after it");
+    image.size = chain.sizes[static_cast<size_t>(from)];
     const Conv c = check_conv(image, weights[i], {number, number + 2}, {number + 2, number + 6},
                               {number + 6, number + 8}, number[8], false, name[0], given(name[2]),
                               name[2].empty() ? Ints{} : Ints{number + 9, number + 15});
@@ -249,21 +255,23 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
     p.scale = data_of(*scale);
     p.shift = data_of(*shift);
     p.activation = activation_from(given(name[1]));
+    if (added >= 0)
+      FMK_CHECK(chain.sizes[static_cast<size_t>(added)] == c.conv_size, "residual of layer ", i,
+                ": expected shape ", to_string(c.conv_size), ", got ",
+                to_string(chain.sizes[static_cast<size_t>(added)]));
     if (i + 1 == count && residual) {
+      FMK_CHECK(added < 0, "residual: the last layer has one already");
       check_image(*residual, "residual", input.scalar_type(), c.conv_size, image.channels_last);
       p.residual = data_of(*residual);
     }
-    layers.push_back(p);
-    image.size = c.output_size;
+    chain.add_layer(p, from, added);
+    chain.add_value(c.output_size);
   }
-  Tensor output = allocate_image(input, image.size, image.channels_last);
-  layers.front().input = data_of(input);
-  layers.back().output = mutable_data_of(output);
-  const ConvKernels& kernels = conv_kernels();
-  const int64_t n = static_cast<int64_t>(count);
-  const size_t bytes = kernels.chain_bytes(layers.data(), n);
-  Tensor workspace = allocate(input, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  kernels.chain_forward(layers.data(), n, mutable_data_of(workspace), torch_pool());
+  Tensor output = allocate_image(input, chain.sizes.back(), image.channels_last);
+  chain.plan(aoti_torch_dtype_element_size(
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(input.scalar_type()))));
+  Tensor workspace = allocate(input, {chain.workspace_bytes}, ScalarType::Byte);
+  chain.run(data_of(input), mutable_data_of(output), mutable_data_of(workspace), torch_pool());
   return output;
 }
 

@@ -54,7 +54,7 @@ class Fusion:
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
-    forwards: dict[str, rewrite.Forward | SequentialForward] = field(default_factory=dict)
+    forwards: dict[str, rewrite.AnyForward] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -136,32 +136,40 @@ class _Planner:
                 self._add_traced(path, module)
         for path, edits in self._edits.items():
             self._fusion.forwards[path] = rewrite.Forward.of(self._traces[path], edits)
-        for path, module in found:
-            if (
-                sequential.is_plain(module)
-                and path not in self._fusion.forwards
-                and rewrite.obstacle_of(module) is None
-                and self._has_convolutions_in_a_row(path, module)
-            ):
-                self._fusion.forwards[path] = SequentialForward(None, tuple(module._modules))
+        self._add_programs(found)
         return self._fusion
 
-    def _has_convolutions_in_a_row(self, path: str, module: nn.Sequential) -> bool:
-        """Whether the Sequential calls two with nothing in between but what is fused into them."""
+    def _add_programs(self, found: list[tuple[str, nn.Module]]) -> None:
+        """Forwards with which convolutions that read one another's outputs run as one call."""
+        forwards = self._fusion.forwards
+        for path, module in found:
+            own = path in self._traces and path not in forwards
+            if path and own and rewrite.obstacle_of(module) is None:
+                own = rewrite.OwnForward.of(self._traces[path])
+                if own is not None:
+                    forwards[path] = own
         fused = {member for chain in self._fusion.chains.values() for member in chain.members}
 
-        def members(path: str, module: nn.Module) -> Iterator[str]:
-            for name, child in module._modules.items():
-                child_path = scopes.join(path, name)
-                if sequential.is_plain(child):
-                    yield from members(child_path, child)
-                elif child_path not in fused:
-                    yield child_path
+        def leaves(path: str, module: nn.Module) -> Iterator[str]:
+            """Paths of what a call of the module comes to, but for what is fused away."""
+            names = list(module._modules) if sequential.is_plain(module) else None
+            program = getattr(forwards.get(path), "program", None)
+            if program is not None:
+                names = [call.layer for call in program]
+            if names is None:
+                yield path
+                return
+            for name in names:
+                member = scopes.join(path, name)
+                if member not in fused:
+                    yield from leaves(member, module.get_submodule(name))
 
-        convs = [
-            isinstance(self._heads.get(member), nn.Conv2d) for member in members(path, module)
-        ]
-        return any(pair == (True, True) for pair in itertools.pairwise(convs))
+        for path, module in found:
+            if not sequential.is_plain(module) or path in forwards:
+                continue
+            convs = [isinstance(self._heads.get(p), nn.Conv2d) for p in leaves(path, module)]
+            if any(pair == (True, True) for pair in itertools.pairwise(convs)):
+                forwards[path] = SequentialForward(None, tuple(module._modules))
 
     def _trace(self, found: list[tuple[str, nn.Module]]) -> None:
         paths = {id(m): path for path, m in self._model.named_modules()}

@@ -25,6 +25,17 @@ from fmkernels.ops import _activations
 from fmkernels.ops.conv import quick
 
 
+def summand(value: Any) -> Any:
+    """``value``, unless it is the None by which layers are told that there is no residual.
+
+    Raises:
+        TypeError: as the sum itself would.
+    """
+    if value is None:
+        raise TypeError("unsupported operand type(s) for +: 'Tensor' and 'NoneType'")
+    return value
+
+
 class FusedConv2d(fnn.ConvBlock2d, nn.Conv2d):
     """``pool(activation(norm(conv(x)) + residual))`` with a batch norm that lives elsewhere in the
     model, if there is one.

@@ -21,6 +21,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from fmkernels._replace import programs
+from fmkernels._replace.fused import summand
+from fmkernels._replace.programs import Call
 from fmkernels._replace.sequential import SequentialForward
 from fmkernels._replace.trace import Trace
 
@@ -62,17 +65,6 @@ class Edit:
                 self.given.insert_arg(1, graph.placeholder(name, default_value=None))
 
 
-def summand(value: Any) -> Any:
-    """``value``, unless it is the None by which layers are told that there is no residual.
-
-    Raises:
-        TypeError: as the sum itself would.
-    """
-    if value is None:
-        raise TypeError("unsupported operand type(s) for +: 'Tensor' and 'NoneType'")
-    return value
-
-
 @dataclass
 class FusedSum:
     """A sum that a layer makes now.
@@ -89,24 +81,61 @@ class FusedSum:
     moved: list[fx.Node]
 
 
+# ((path, attribute), value) of plain attributes that a trace read.
+Reads = tuple[tuple[tuple[str, str], Any], ...]
+
+
+@dataclass(frozen=True)
+class OwnForward:
+    """Of a module whose forward stays its own: what calls it consists of in evaluation.
+
+    Attributes:
+        program: the calls.
+        reads: what that relies on.
+    """
+
+    program: tuple[Call, ...]
+    reads: Reads
+
+    @classmethod
+    def of(cls, traces: list[Trace]) -> OwnForward | None:
+        """From the traces in training and in evaluation; None if it does more than calls."""
+        program = _program_of(traces)
+        if program is None or any(traced.obstacles for traced in traces):
+            return None
+        reads = [read for read in traces[1].reads.items() if read[0] != ("", "training")]
+        return cls(program, tuple(reads))
+
+    def record(
+        self, module: nn.Module, input: int, residual: int, program: list[Call]
+    ) -> int | None:
+        """See :func:`programs.record`."""
+        if module.training or residual != programs.NOTHING or changed(module, self.reads):
+            return None
+        return programs.record_calls(module, self.program, input, residual, program)
+
+
 class Forward:
     """The forwards of a module in training and in evaluation, and what they take for granted.
 
     Args:
         sources: Python source of both, as torch.fx writes it.
         names: the global names that the sources use.
-        reads: ``((path, attribute), value)`` of the plain attributes the traces read.
+        reads: what they rely on.
+        program: the calls that the forward in evaluation consists of, if it does nothing else.
     """
 
     def __init__(
         self,
         sources: tuple[str, str],
         names: dict[str, Any],
-        reads: tuple[tuple[tuple[str, str], Any], ...],
+        reads: Reads,
+        program: tuple[Call, ...] | None,
     ) -> None:
         self.sources = sources
         self.names = names
         self.reads = reads
+        self.program = program
         self._functions = tuple(_compile(source, names) for source in sources)
 
     @classmethod
@@ -121,20 +150,46 @@ class Forward:
             reads.update(traced.reads)
         # The flag of the module itself chooses between the two forwards.
         reads.pop(("", "training"), None)
-        return cls(tuple(sources), names, tuple(reads.items()))
+        return cls(tuple(sources), names, tuple(reads.items()), _program_of(traces))
+
+    def record(
+        self, module: nn.Module, input: int, residual: int, program: list[Call]
+    ) -> int | None:
+        """See :func:`programs.record`."""
+        if self.program is None or module.training or changed(module, self.reads):
+            return None
+        return programs.record_calls(module, self.program, input, residual, program)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for (path, name), value in self.reads:
-            owner = module.get_submodule(path)
-            current = vars(owner).get(name, _MISSING)
-            if current is not value and current != value:
-                where = f"{path}.{name}" if path else name
-                raise RuntimeError(
-                    f"{type(module).__name__}.{where} was {value!r} when fmkernels.replace fused "
-                    "this module's layers, and has changed since: undo the replacement, and "
-                    "replace again with the new value"
-                )
+        read = changed(module, self.reads)
+        if read is not None:
+            (path, name), value = read
+            where = f"{path}.{name}" if path else name
+            raise RuntimeError(
+                f"{type(module).__name__}.{where} was {value!r} when fmkernels.replace fused "
+                "this module's layers, and has changed since: undo the replacement, and "
+                "replace again with the new value"
+            )
+        if (
+            self.program is not None
+            and not module.training
+            and not kwargs
+            and len(args) in (1, 2)
+            and programs.may_record()
+        ):
+            output = self._run_program(module, *args)
+            if output is not None:
+                return output
         return self._functions[0 if module.training else 1](module, *args, **kwargs)
+
+    def _run_program(self, module: nn.Module, input: Any, residual: Any = None) -> Any:
+        """The forward as one call; None if it is more than that."""
+        program: list[Call] = []
+        given = programs.NOTHING if residual is None else programs.GIVEN
+        value = programs.record_calls(module, self.program, 0, given, program)
+        if len(program) < 2 or value != len(program):
+            return None
+        return programs.run(program, input, residual)
 
     def __deepcopy__(self, memo: dict) -> Forward:
         return self
@@ -144,10 +199,28 @@ class Forward:
             name: _Imported(value.__name__) if isinstance(value, ModuleType) else value
             for name, value in self.names.items()
         }
-        return _load, (self.sources, names, self.reads)
+        return _load, (self.sources, names, self.reads, self.program)
 
 
-def install(module: nn.Module, forward: Forward | SequentialForward) -> None:
+AnyForward = Forward | OwnForward | SequentialForward
+
+
+def changed(module: nn.Module, reads: Reads) -> tuple[tuple[str, str], Any] | None:
+    """The first of the attributes that no longer has its value."""
+    for read in reads:
+        (path, name), value = read
+        current = vars(module.get_submodule(path)).get(name, _MISSING)
+        if current is not value and current != value:
+            return read
+    return None
+
+
+def _program_of(traces: list[Trace]) -> tuple[Call, ...] | None:
+    # With more traces there are optional arguments, of which a program knows nothing.
+    return programs.of_graph(traces[1].graph) if len(traces) == 2 else None
+
+
+def install(module: nn.Module, forward: AnyForward) -> None:
     """Give ``module`` this forward; :func:`uninstall` gives the original back."""
     module.__class__ = _class_with(type(module), forward)
 
@@ -171,12 +244,17 @@ class _Imported:
         self.name = name
 
 
-def _load(sources: tuple[str, str], names: dict[str, Any], reads: tuple) -> Forward:
+def _load(
+    sources: tuple[str, str],
+    names: dict[str, Any],
+    reads: Reads,
+    program: tuple[Call, ...] | None,
+) -> Forward:
     names = {
         name: importlib.import_module(value.name) if isinstance(value, _Imported) else value
         for name, value in names.items()
     }
-    return Forward(sources, names, reads)
+    return Forward(sources, names, reads, program)
 
 
 def _compile(source: str, names: dict[str, Any]) -> Callable:
@@ -188,7 +266,7 @@ def _compile(source: str, names: dict[str, Any]) -> Callable:
     return scope["forward"]
 
 
-def _class_with(original: type, forward: Forward | SequentialForward) -> type:
+def _class_with(original: type, forward: AnyForward) -> type:
     """A subclass of ``original`` with its name and ``forward``; can be copied and pickled."""
 
     @functools.wraps(original.forward)
@@ -201,21 +279,19 @@ def _class_with(original: type, forward: Forward | SequentialForward) -> type:
             return _new, (original, forward), *reduced[2:]
         return reduced
 
-    return type(original)(
-        original.__name__,
-        (original,),
-        {
-            "forward": call,
-            "__reduce_ex__": reduce,
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_fmkernels_original": original,
-            "_fmkernels_forward": forward,
-        },
-    )
+    members = {
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_fmkernels_original": original,
+        "_fmkernels_forward": forward,
+    }
+    if not isinstance(forward, OwnForward):
+        members["forward"] = call
+    return type(original)(original.__name__, (original,), members)
 
 
-def _new(original: type, forward: Forward | SequentialForward) -> nn.Module:
+def _new(original: type, forward: AnyForward) -> nn.Module:
     kind = _class_with(original, forward)
     return kind.__new__(kind)

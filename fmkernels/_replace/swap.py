@@ -69,6 +69,10 @@ def replace(
     runs where the sum was, so the sum stays if that could be noticed: if something in between
     writes in place, draws random numbers or is unknown.
 
+    Frozen convolutions that read one another's outputs run as one call where no gradient is
+    wanted: those of a ``Sequential``, and of the modules in it whose forwards consist of calls of
+    such layers and sums. Modules with hooks, in training, or changed since are called as before.
+
     Of Hugging Face's transformers, ``Conv1D``, RMS norms and gated feed-forward blocks are
     exchanged if they compute what their names say. Layers that look their attention up in its
     ``AttentionInterface`` stay, and the configuration selects the implementation ``"fmkernels"``,

@@ -57,8 +57,14 @@ def conv(
         return None
 
 
-def chain(input: Tensor, layers: Sequence[Layer], residual: Tensor | None) -> Tensor | None:
-    """``layers`` over two axes one after the other, ``residual`` being the last one's."""
+def chain(
+    input: Tensor,
+    layers: Sequence[Layer],
+    reads: tuple[tuple[int, int], ...],
+    residual: Tensor | None,
+) -> Tensor | None:
+    """``layers`` over two axes, of which each reads two values (conv_chain in schema.py);
+    ``residual`` is the last one's."""
     try:
         first = layers[0]
         # Whatever might want a graph is left to the single layers.
@@ -77,7 +83,7 @@ def chain(input: Tensor, layers: Sequence[Layer], residual: Tensor | None) -> Te
             weights.append(readable_weight(weight, packed_weight, layer.options, exact))
             vectors += (layer.bias, layer.scale, layer.shift, packed_weight)
             options.append(layer.options)
-        numbers, names = _chain_settings(*options)
+        numbers, names = _chain_settings(tuple(options), reads)
         output = CHAIN(input, weights, vectors, residual, numbers, names, exact)
     except CLOSER_LOOK:
         return None
@@ -87,9 +93,7 @@ def chain(input: Tensor, layers: Sequence[Layer], residual: Tensor | None) -> Te
     return output
 
 
-@remember
-def _chain_settings(*layers: ConvOptions) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    return chain_settings(layers)
+_chain_settings = remember(chain_settings)
 
 
 def _is_ordinary(input: Tensor, weight: Tensor, options: ConvOptions, backend: str | None) -> bool:

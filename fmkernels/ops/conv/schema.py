@@ -25,12 +25,13 @@ without it may be passed to a forward with it: the forward then packs anew if it
 
 A transposed convolution of a stride above 1 takes no pool.
 
-conv_chain is one conv_forward after the other, each of the output of the one before, without
-anything that only training wants. ``weights`` has an entry per layer; the others have several,
-layer after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``, for images of two
-axes, stride, padding, dilation, groups and the pool's window (zeros without pool), ``names``
-padding_mode, activation and pool ("" for None): :func:`chain_settings`. ``residual`` is the last
-layer's.
+conv_chain is several conv_forward over two axes that read one another's outputs, without anything
+that only training wants; it returns the last one's. ``weights`` has an entry per layer; the others
+have several, layer after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``
+stride, padding, dilation, groups, the pool's window (zeros without pool), and which values are the
+layer's input and residual: 0 ``input``, i the output of the i-th layer, -1 none; ``names``
+padding_mode, activation and pool ("" for None). :func:`chain_settings` makes both. ``residual`` is
+the last layer's, if that has no other.
 
 conv_statistics is conv_forward without an epilogue, together with the mean and the biased variance
 of each channel of the output, as it is stored, over batch and pixels: (O), dtypes as ``scale``.
@@ -132,17 +133,19 @@ def _conv_forward_fake(
     )
 
 
-def chain_settings(layers: Sequence[ConvOptions]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """conv_chain's ``numbers`` and ``names`` for layers over two axes."""
+def chain_settings(
+    layers: Sequence[ConvOptions], reads: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """conv_chain's ``numbers`` and ``names``; ``reads``: input and residual of each layer."""
     numbers, names = [], []
-    for o in layers:
+    for o, read in zip(layers, reads, strict=True):
         window = o.window or (0,) * 6
-        numbers += [*o.stride, *o.padding, *o.dilation, o.groups, *window]
+        numbers += [*o.stride, *o.padding, *o.dilation, o.groups, *window, *read]
         names += [o.padding_mode, o.activation or "", o.pool or ""]
     return tuple(numbers), tuple(names)
 
 
-_CHAIN_NUMBERS = 15
+_CHAIN_NUMBERS = 17
 
 
 @torch.library.register_fake("fmkernels::conv_chain", lib=_library)
@@ -155,13 +158,14 @@ def _conv_chain_fake(
     names: Sequence[str],
     exact: bool = False,
 ) -> Tensor:
-    shape = tuple(input.shape)
+    shapes = [tuple(input.shape)]
     for i, weight in enumerate(weights):
         n = numbers[i * _CHAIN_NUMBERS : (i + 1) * _CHAIN_NUMBERS]
-        spatial = conv_size(shape[2:], weight.shape[2:], n[:2], n[2:6], n[6:8])
-        window = n[9:] if names[3 * i + 2] else ()
-        shape = pooled_shape((shape[0], weight.shape[0], *spatial), window)
-    return new_image(input, shape, is_channels_last(input))
+        batch, _, *size = shapes[n[15]]
+        spatial = conv_size(size, weight.shape[2:], n[:2], n[2:6], n[6:8])
+        window = n[9:15] if names[3 * i + 2] else ()
+        shapes.append(pooled_shape((batch, weight.shape[0], *spatial), window))
+    return new_image(input, shapes[-1], is_channels_last(input))
 
 
 @torch.library.register_fake("fmkernels::conv_statistics", lib=_library)

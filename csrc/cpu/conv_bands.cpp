@@ -1,5 +1,5 @@
-// Chains of convolutions. Where whole images between two layers would leave the cache before they
-// are read, they never exist: a thread computes a band of the last layer's rows after the other,
+// Convolutions one after the other without the whole images between them, which would leave the
+// cache before they are read: a thread computes a band of the last layer's rows after the other,
 // and of the layers before it just the rows under that band. Rows that the next band needs, too,
 // stay in the buffer.
 
@@ -25,15 +25,8 @@ constexpr int64_t kFewPixels = 128;
 int64_t element_bytes(DType dtype) {
   return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
 }
-int64_t output_numbers(const ConvForward& p) {
-  const ConvShape& s = p.shape;
-  const int64_t pixels = p.pool.kernel_h ? p.pool.out_height * p.pool.out_width
-                         : s.transposed  ? s.pixels()
-                                         : s.out_pixels();
-  return s.batch * output_channels(s) * pixels;
-}
 int64_t output_bytes(const ConvForward& p) {
-  return output_numbers(p) * element_bytes(p.shape.dtype);
+  return p.shape.batch * p.shape.out_channels * p.shape.out_pixels() * element_bytes(p.shape.dtype);
 }
 double flops(const ConvShape& s) {
   return 2.0 * static_cast<double>(s.batch * s.out_pixels() * s.out_channels) *
@@ -49,20 +42,6 @@ bool has_bands(const ConvForward& p) {
   const ReadWeight weight = weight_read_by(p);
   return s.axes == 2 && !s.transposed && s.padding_mode == PaddingMode::kZeros &&
          p.pool.kernel_h == 0 && weight.packed && weight.algorithm == ConvAlgorithm::kDirect;
-}
-
-// How many of the layers from the first on are computed band by band together; 1: whole images.
-int64_t banded_layers(const ConvForward* layers, int64_t count) {
-  int64_t n = 0, between = 0, weights = 0;
-  while (n < count && n < kMaxBanded && has_bands(layers[n])) {
-    weights += weight_bytes(layers[n].shape);
-    if (weights > kBandedWeights) break;
-    if (n > 0) between += output_bytes(layers[n - 1]);
-    ++n;
-  }
-  if (n < 2 || between <= kSmallImages) return 1;
-  const ConvShape& last = layers[n - 1].shape;
-  return last.batch * last.out_pixels() < kFewPixels ? 1 : n;
 }
 
 struct Rows {
@@ -202,8 +181,7 @@ struct Banded {
 };
 
 template <class T>
-void run_banded(const ConvForward* layers, int64_t count, const void* input, void* output,
-                const Parallel& pool) {
+void run_banded(const ConvForward* layers, int64_t count, const Parallel& pool) {
   int64_t numbers = 0;
   double work = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -221,65 +199,28 @@ void run_banded(const ConvForward* layers, int64_t count, const void* input, voi
       correlations[i].channels_last = i + 1 < count;
     }
   }
-  correlations[0].input = static_cast<const T*>(input);
-  correlations[count - 1].output = static_cast<T*>(output);
   const int64_t threads = work < kSerialFlops ? 1 : pool.threads;
   Banded<T>(correlations, count, threads).run(pool, threads);
 }
 
-// body(first, n, last): the parts of a chain that are computed together, in order.
-template <class Body>
-FMK_INLINE void for_parts(const ConvForward* layers, int64_t count, const Body& body) {
-  for (int64_t i = 0; i < count;) {
-    const int64_t n = banded_layers(layers + i, count - i);
-    body(i, n);
-    i += n;
-  }
-}
-
-constexpr int64_t kLine = 64;
-int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
-
-// Images between parts lie in two places by turns.
-struct Between {
-  int64_t bytes[2] = {0, 0};
-  Between(const ConvForward* layers, int64_t count) {
-    int turn = 0;
-    for_parts(layers, count, [&](int64_t i, int64_t n) {
-      if (i + n == count) return;
-      bytes[turn] = max_of(bytes[turn], whole_lines(output_bytes(layers[i + n - 1])));
-      turn = 1 - turn;
-    });
-  }
-};
-
 }  // namespace
 
-size_t conv_chain_bytes(const ConvForward* layers, int64_t count) {
-  const Between between(layers, count);
-  return static_cast<size_t>(between.bytes[0] + between.bytes[1]);
+int64_t banded_layers(const ConvForward* layers, int64_t count) {
+  int64_t n = 0, between = 0, weights = 0;
+  while (n < count && n < kMaxBanded && has_bands(layers[n])) {
+    weights += weight_bytes(layers[n].shape);
+    if (weights > kBandedWeights) break;
+    if (n > 0) between += output_bytes(layers[n - 1]);
+    ++n;
+  }
+  if (n < 2 || between <= kSmallImages) return 1;
+  const ConvShape& last = layers[n - 1].shape;
+  return last.batch * last.out_pixels() < kFewPixels ? 1 : n;
 }
 
-void conv_chain_forward(const ConvForward* layers, int64_t count, void* workspace,
-                        const Parallel& pool) {
-  const Between between(layers, count);
-  void* places[2] = {workspace, static_cast<char*>(workspace) + between.bytes[0]};
-  int turn = 0;
-  const void* input = layers[0].input;
-  for_parts(layers, count, [&](int64_t i, int64_t n) {
-    void* output = i + n == count ? layers[count - 1].output : places[turn];
-    if (n == 1) {
-      ConvForward whole = layers[i];
-      whole.input = input;
-      whole.output = output;
-      conv_forward(whole, pool);
-    } else {
-      with_type(layers[i].shape.dtype, [&](auto* type) {
-        run_banded<std::remove_pointer_t<decltype(type)>>(layers + i, n, input, output, pool);
-      });
-    }
-    input = output;
-    turn = 1 - turn;
+void banded_forward(const ConvForward* layers, int64_t count, const Parallel& pool) {
+  with_type(layers[0].shape.dtype, [&](auto* type) {
+    run_banded<std::remove_pointer_t<decltype(type)>>(layers, count, pool);
   });
 }
 
