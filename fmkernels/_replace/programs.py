@@ -1,8 +1,9 @@
 """Frozen convolutions that read one another's outputs, run as one call of the native library.
 
 That call finds out which of them to compute together without the images in between, and needs no
-Python from one to the next (csrc/torch/conv_chain.h). What belongs to it is looked up every time,
-so members may be exchanged, unfrozen or given hooks whenever anybody likes.
+Python from one to the next (csrc/torch/conv_chain.h). What belongs to it is recorded by the first
+forward and, whenever anything that this depends on has changed, by the next one: members may be
+exchanged, unfrozen, trained or given hooks at any time.
 """
 
 from __future__ import annotations
@@ -76,11 +77,18 @@ def may_record() -> bool:
     )
 
 
-def record(module: nn.Module, input: int, residual: int, program: list[Call]) -> int | None:
+def record(
+    module: nn.Module, input: int, residual: int, program: list[Call], watch: Watch
+) -> int | None:
     """Add what a call of ``module`` comes to; returns the value of its result.
 
-    None if it comes to more than convolutions; the program may have grown all the same.
+    None if it comes to more than convolutions; the program may have grown all the same. ``watch``
+    gets to know all that this depends on.
     """
+    if isinstance(module, _CONVS):
+        watch.add_layer(module)
+    else:
+        watch.add(module)
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return None
     if isinstance(module, _CONVS):
@@ -91,9 +99,9 @@ def record(module: nn.Module, input: int, residual: int, program: list[Call]) ->
         return input if residual == NOTHING else None
     forward = getattr(kind, "_fmkernels_forward", None)
     if forward is not None:
-        return forward.record(module, input, residual, program)
+        return forward.record(module, input, residual, program, watch)
     if kind.forward is nn.Sequential.forward and residual == NOTHING:
-        return record_members(module, None, input, NOTHING, program)
+        return record_members(module, None, input, NOTHING, program, watch)
     return None
 
 
@@ -103,10 +111,11 @@ def record_members(
     input: int,
     residual: int,
     program: list[Call],
+    watch: Watch,
 ) -> int | None:
     """The same of a Sequential that hands the residual on to ``member``."""
     for name, layer in sequential._modules.items():
-        input = record(layer, input, residual if name == member else NOTHING, program)
+        input = record(layer, input, residual if name == member else NOTHING, program, watch)
         if input is None:
             return None
     return input
@@ -118,6 +127,7 @@ def record_calls(
     input: int,
     residual: int,
     program: list[Call],
+    watch: Watch,
 ) -> int | None:
     """The same of a forward that consists of ``calls``."""
     values, given = [input], residual
@@ -126,36 +136,125 @@ def record_calls(
         if layer is None:
             return None
         other = given if added == GIVEN else added if added == NOTHING else values[added]
-        value = record(layer, values[source], other, program)
+        value = record(layer, values[source], other, program, watch)
         if value is None:
             return None
         values.append(value)
     return values[-1]
 
 
-def run(program: Sequence[Call], input: Any, residual: Any) -> Any:
-    """The last call's result; ``residual`` is the tensor that stands for GIVEN there."""
-    if len(program) > 1 and isinstance(input, Tensor):
+class Program:
+    """Calls that were recorded, with the first value at hand."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls
+        self._chain = self._frozen_chain() if len(calls) > 1 else None
+
+    def __call__(self, input: Any, residual: Any) -> Any:
+        """The last call's result; ``residual`` is the tensor that stands for GIVEN."""
+        if self._chain is not None and isinstance(input, Tensor):
+            output = self._chain(input, residual)
+            if output is not None:
+                return output
+        left = Counter(value for call in self._calls for value in call[1:])
+        values = {0: input, GIVEN: residual}
+        for layer, source, added in self._calls:
+            read = (values[source],) if added == NOTHING else (values[source], values[added])
+            values[len(values) - 1] = layer(*read)
+            for value in {source, added}:
+                left[value] -= 1
+                if left[value] == 0 and value >= 0:
+                    values[value] = None  # not kept until the end
+        return values[len(self._calls)]
+
+    @property
+    def is_one_call(self) -> bool:
+        return self._chain is not None
+
+    def _frozen_chain(self) -> quick.Chain | None:
+        # Besides values, the op takes a residual for the last call alone.
+        if any([call.residual == GIVEN for call in self._calls[:-1]]):
+            return None
         layers = []
-        for layer, _, added in program:
+        for layer, _, added in self._calls:
             frozen = layer.frozen_layer(added != NOTHING)
             if frozen is None:
-                break
+                return None
             layers.append(frozen)
-        else:
-            # Besides values, the op takes a residual for the last call alone.
-            if all([call.residual != GIVEN for call in program[:-1]]):
-                reads = tuple([(source, max(added, NOTHING)) for _, source, added in program])
-                output = quick.chain(input, layers, reads, residual)
-                if output is not None:
-                    return output
-    left = Counter(value for call in program for value in call[1:])
-    values = {0: input, GIVEN: residual}
-    for layer, source, added in program:
-        read = (values[source],) if added == NOTHING else (values[source], values[added])
-        values[len(values) - 1] = layer(*read)
-        for value in {source, added}:
-            left[value] -= 1
-            if left[value] == 0 and value >= 0:
-                values[value] = None  # not kept until the end
-    return values[len(program)]
+        reads = [(source, max(added, NOTHING)) for _, source, added in self._calls]
+        return quick.Chain(layers, tuple(reads))
+
+
+class Watch:
+    """Whether all that a recording relies on is as it was: modules, hooks, weights, options."""
+
+    def __init__(self) -> None:
+        self._modules: list[tuple[nn.Module, type, bool, list]] = []
+        self._attributes: list[tuple[dict, str, Any]] = []
+        self._tensors: list[tuple[dict, str, Tensor, int, int]] = []
+        self._usable = True
+
+    def __bool__(self) -> bool:
+        """Whether nothing has changed."""
+        if not self._usable:
+            return False
+        for module, kind, training, members in self._modules:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module.training is not training
+                or type(module) is not kind
+                or "forward" in module.__dict__
+                or (members and list(module._modules.items()) != members)
+            ):
+                return False
+        for table, name, value in self._attributes:
+            current = table.get(name)
+            if current is not value and current != value:
+                return False
+        for table, name, tensor, version, pointer in self._tensors:
+            if (
+                table.get(name) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != pointer
+            ):
+                return False
+        return True
+
+    def add(self, module: nn.Module) -> None:
+        """A module that was looked into."""
+        members = list(module._modules.items())
+        self._modules.append((module, type(module), module.training, members))
+
+    def add_reads(self, module: nn.Module, reads: Sequence[tuple[tuple[str, str], Any]]) -> None:
+        """Attributes that a forward read."""
+        for (path, name), value in reads:
+            self._attributes.append((vars(module.get_submodule(path)), name, value))
+
+    def add_layer(self, layer: nn.Module) -> None:
+        """A convolution, its norm, and what was packed."""
+        block = isinstance(layer, fnn.ConvBlock2d)
+        conv, norm = (layer.conv, layer.norm) if block else (layer, None)
+        self.add(layer)
+        for module in (conv, norm):
+            if module is not None and module is not layer:
+                self.add(module)
+        self._attributes += [(vars(layer), name, vars(layer)[name]) for name in _LAYER_OPTIONS]
+        self._attributes += [(vars(conv), name, vars(conv)[name]) for name in _CONV_OPTIONS]
+        tables = [conv._parameters, layer._buffers]
+        tables += [] if norm is None else [norm._parameters, norm._buffers]
+        found = [(t, name, tensor) for t in tables for name, tensor in t.items()]
+        given = [entry for entry in found if entry[2] is not None]
+        self._usable &= not layer._checks_each_call and "weight" in conv._parameters
+        # Inference tensors have no version.
+        if any([tensor.is_inference() for _, _, tensor in given]):
+            self._usable = False
+            return
+        self._tensors += [(t, n, x, x._version, x.data_ptr()) for t, n, x in given]
+        self._attributes += [entry for entry in found if entry[2] is None]
+
+
+_LAYER_OPTIONS = ("activation", "pool", "backend", "_frozen_sources")
+_CONV_OPTIONS = (
+    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip

@@ -23,8 +23,8 @@ from torch import fx, nn
 
 from fmkernels._replace import programs
 from fmkernels._replace.fused import summand
-from fmkernels._replace.programs import Call
-from fmkernels._replace.sequential import SequentialForward
+from fmkernels._replace.programs import Call, Program, Watch
+from fmkernels._replace.sequential import RECORDED, SequentialForward
 from fmkernels._replace.trace import Trace
 
 _MISSING = object()
@@ -107,12 +107,13 @@ class OwnForward:
         return cls(program, tuple(reads))
 
     def record(
-        self, module: nn.Module, input: int, residual: int, program: list[Call]
+        self, module: nn.Module, input: int, residual: int, program: list[Call], watch: Watch
     ) -> int | None:
         """See :func:`programs.record`."""
         if module.training or residual != programs.NOTHING or changed(module, self.reads):
             return None
-        return programs.record_calls(module, self.program, input, residual, program)
+        watch.add_reads(module, self.reads)
+        return programs.record_calls(module, self.program, input, residual, program, watch)
 
 
 class Forward:
@@ -153,14 +154,19 @@ class Forward:
         return cls(tuple(sources), names, tuple(reads.items()), _program_of(traces))
 
     def record(
-        self, module: nn.Module, input: int, residual: int, program: list[Call]
+        self, module: nn.Module, input: int, residual: int, program: list[Call], watch: Watch
     ) -> int | None:
         """See :func:`programs.record`."""
         if self.program is None or module.training or changed(module, self.reads):
             return None
-        return programs.record_calls(module, self.program, input, residual, program)
+        watch.add_reads(module, self.reads)
+        return programs.record_calls(module, self.program, input, residual, program, watch)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.program is not None and not kwargs and len(args) in (1, 2):
+            program = self._recorded(module, len(args) == 2 and args[1] is not None)
+            if program is not None:
+                return program(*args, *(None,) * (2 - len(args)))
         read = changed(module, self.reads)
         if read is not None:
             (path, name), value = read
@@ -170,26 +176,26 @@ class Forward:
                 "this module's layers, and has changed since: undo the replacement, and "
                 "replace again with the new value"
             )
-        if (
-            self.program is not None
-            and not module.training
-            and not kwargs
-            and len(args) in (1, 2)
-            and programs.may_record()
-        ):
-            output = self._run_program(module, *args)
-            if output is not None:
-                return output
         return self._functions[0 if module.training else 1](module, *args, **kwargs)
 
-    def _run_program(self, module: nn.Module, input: Any, residual: Any = None) -> Any:
+    def _recorded(self, module: nn.Module, given: bool) -> Program | None:
         """The forward as one call; None if it is more than that."""
-        program: list[Call] = []
-        given = programs.NOTHING if residual is None else programs.GIVEN
-        value = programs.record_calls(module, self.program, 0, given, program)
-        if len(program) < 2 or value != len(program):
+        if module.training or not programs.may_record():
             return None
-        return programs.run(program, input, residual)
+        recorded = module.__dict__.get(RECORDED, {}).get(given)
+        if recorded is not None and recorded[1]:
+            return recorded[0]
+        watch, calls = Watch(), []
+        watch.add(module)
+        residual = programs.GIVEN if given else programs.NOTHING
+        value = self.record(module, 0, residual, calls, watch)
+        program = None
+        if len(calls) > 1 and value == len(calls):
+            program = Program(calls)
+            program = program if program.is_one_call else None
+        if watch:
+            module.__dict__.setdefault(RECORDED, {})[given] = program, watch
+        return program
 
     def __deepcopy__(self, memo: dict) -> Forward:
         return self
@@ -228,6 +234,7 @@ def install(module: nn.Module, forward: AnyForward) -> None:
 def uninstall(module: nn.Module) -> None:
     """Undo :func:`install`."""
     module.__class__ = type(module)._fmkernels_original
+    vars(module).pop(RECORDED, None)
 
 
 def obstacle_of(module: nn.Module) -> str | None:
@@ -276,7 +283,10 @@ def _class_with(original: type, forward: AnyForward) -> type:
     def reduce(self: nn.Module, protocol: int) -> tuple | str:
         reduced = original.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:
-            return _new, (original, forward), *reduced[2:]
+            state = reduced[2]
+            if isinstance(state, dict):
+                state = {name: value for name, value in state.items() if name != RECORDED}
+            return _new, (original, forward), state, *reduced[3:]
         return reduced
 
     members = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fmkernels._replace import programs
-from fmkernels._replace.programs import GIVEN, NOTHING, Call
+from fmkernels._replace.programs import GIVEN, NOTHING, Call, Program, Watch
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,71 @@ class SequentialForward:
         return input
 
     def record(
-        self, module: nn.Sequential, input: int, residual: int, program: list[Call]
+        self,
+        module: nn.Sequential,
+        input: int,
+        residual: int,
+        program: list[Call],
+        watch: Watch,
     ) -> int | None:
         """See :func:`programs.record`."""
         if residual != NOTHING and tuple(module._modules) != self.names:
             return None
-        return programs.record_members(module, self.member, input, residual, program)
+        return programs.record_members(module, self.member, input, residual, program, watch)
 
     def _run(self, module: nn.Sequential, input: Any, residual: Any) -> Any:
         """Convolutions as one call, as far as they follow one another."""
-        program: list[Call] = []
+        given = residual is not None
+        recorded = module.__dict__.get(RECORDED, {}).get(given)
+        if recorded is None or not recorded.watch:
+            recorded = self._record_all(module, given)
+            if recorded.watch:
+                module.__dict__.setdefault(RECORDED, {})[given] = recorded
+        for step, takes in recorded.steps:
+            if isinstance(step, Program):
+                input = step(input, residual if takes else None)
+            else:
+                input = step(input, residual) if takes else step(input)
+        return input
+
+    def _record_all(self, module: nn.Sequential, has_residual: bool) -> Recorded:
+        watch = Watch()
+        watch.add(module)
+        steps: list[tuple[Program | nn.Module, bool]] = []
+        calls: list[Call] = []
         value = 0
+
+        def finish(takes: bool) -> None:
+            nonlocal calls, value
+            if calls:
+                steps.append((Program(calls), takes))
+            calls, value = [], 0
+
         for name, layer in module._modules.items():
-            given = residual is not None and name == self.member
-            before = len(program)
-            result = programs.record(layer, value, GIVEN if given else NOTHING, program)
-            if result == (len(program) if len(program) > before else value):
+            given = has_residual and name == self.member
+            before = len(calls)
+            result = programs.record(layer, value, GIVEN if given else NOTHING, calls, watch)
+            if result == (len(calls) if len(calls) > before else value):
                 value = result
                 if given:
-                    input, program, value = programs.run(program, input, residual), [], 0
+                    finish(True)
                 continue
-            del program[before:]
-            if program:
-                input = programs.run(program, input, None)
-            input = layer(input, residual) if given else layer(input)
-            program, value = [], 0
-        return programs.run(program, input, None) if program else input
+            del calls[before:]
+            finish(False)
+            steps.append((layer, given))
+        finish(False)
+        return Recorded(steps, watch)
+
+
+class Recorded(NamedTuple):
+    """What a call comes to, one after the other, and whether each takes the residual."""
+
+    steps: list[tuple[Program | nn.Module, bool]]
+    watch: Watch
+
+
+# Where a module holds it; copies and pickles do without.
+RECORDED = "_fmkernels_recorded"
 
 
 def forward_of(module: nn.Module) -> SequentialForward | None:

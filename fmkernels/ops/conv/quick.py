@@ -57,40 +57,51 @@ def conv(
         return None
 
 
-def chain(
-    input: Tensor,
-    layers: Sequence[Layer],
-    reads: tuple[tuple[int, int], ...],
-    residual: Tensor | None,
-) -> Tensor | None:
-    """``layers`` over two axes, of which each reads two values (conv_chain in schema.py);
-    ``residual`` is the last one's."""
-    try:
-        first = layers[0]
-        # Whatever might want a graph is left to the single layers.
-        if (
-            torch.is_grad_enabled()
-            or needs_graph()
-            or not _is_ordinary(input, first.weight, first.options, first.backend)
-        ):
-            return None
-        exact = current_precision() == "exact"
-        weights, vectors, options = [], [], []
-        for layer in layers:
-            if layer.backend != first.backend:
+class Chain:
+    """Layers over two axes as one op, of which each reads two values (conv_chain in schema.py).
+
+    Args:
+        layers: all of one backend.
+        reads: the values that each reads.
+    """
+
+    def __init__(self, layers: Sequence[Layer], reads: tuple[tuple[int, int], ...]) -> None:
+        self._layers = layers
+        self._first = layers[0]
+        self._one_backend = all([layer.backend == self._first.backend for layer in layers])
+        self._settings = _chain_settings(tuple([layer.options for layer in layers]), reads)
+        self._vectors = [v for layer in layers for v in layer[1:5]]
+        # As they are, unless one has to be copied for the kernels first.
+        self._weights = [layer.weight for layer in layers]
+        self._contiguous = all([weight.is_contiguous() for weight in self._weights])
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """None where the call is not an everyday one; ``residual`` is the last layer's."""
+        first = self._first
+        try:
+            # Whatever might want a graph is left to the single layers.
+            if (
+                not self._one_backend
+                or torch.is_grad_enabled()
+                or needs_graph()
+                or not _is_ordinary(input, first.weight, first.options, first.backend)
+            ):
                 return None
-            weight, packed_weight = layer.weight, layer.packed_weight
-            weights.append(readable_weight(weight, packed_weight, layer.options, exact))
-            vectors += (layer.bias, layer.scale, layer.shift, packed_weight)
-            options.append(layer.options)
-        numbers, names = _chain_settings(tuple(options), reads)
-        output = CHAIN(input, weights, vectors, residual, numbers, names, exact)
-    except CLOSER_LOOK:
-        return None
-    if first.backend != "cpu":
-        for _ in layers[1:]:  # the first is in the log
-            record_decision("conv2d", "cpu")
-    return output
+            exact = current_precision() == "exact"
+            weights = self._weights if self._contiguous else self._readable(exact)
+            output = CHAIN(input, weights, self._vectors, residual, *self._settings, exact)
+        except CLOSER_LOOK:
+            return None
+        if first.backend != "cpu":
+            for _ in self._layers[1:]:  # the first is in the log
+                record_decision("conv2d", "cpu")
+        return output
+
+    def _readable(self, exact: bool) -> list[Tensor]:
+        return [
+            readable_weight(layer.weight, layer.packed_weight, layer.options, exact)
+            for layer in self._layers
+        ]
 
 
 _chain_settings = remember(chain_settings)
