@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,6 +24,10 @@ def frozen_cases() -> Iterator[Case]:
         yield conv("1x1 48->20", 48, 20, 1)
         yield conv("depthwise 3x3 24", 24, 24, 3, padding=1, groups=24)
         yield conv("3x3 3->16, silu", 3, 16, 3, activation="silu")
+        stack = partial(_frozen_stack, layout=layout)
+        yield stack("inverted residual 2x16x37x41", 16, 96, 16, (37, 41))
+        yield stack("inverted residual stride 2 2x24x40x30->20", 24, 144, 20, (40, 30), stride=2)
+        yield stack("inverted residual 2x32x7x7", 32, 192, 32, (7, 7))
     linear = partial(_frozen, "linear", "Linear")
     yield linear("33x47->19", (33, 47), (47, 19))
     yield linear("one row 300->65", (1, 300), (300, 65))
@@ -57,6 +62,53 @@ def _frozen_conv(
         then=F.silu if activation == "silu" else None,
         **options,
     )
+
+
+def _frozen_stack(
+    name: str,
+    channels: int,
+    wide: int,
+    out: int,
+    size: tuple[int, int],
+    *,
+    layout: torch.memory_format,
+    stride: int = 1,
+) -> Case:
+    """Three convolutions that replace() and freeze() make one call of."""
+    shapes = {"expand": (wide, channels, 1, 1), "depthwise": (wide, 1, 3, 3)}
+    shapes["project"] = (out, wide, 1, 1)
+
+    def make(generator: torch.Generator) -> Named:
+        normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+        inputs = {"input": normal(2, channels, *size).contiguous(memory_format=layout)}
+        for part, shape in shapes.items():
+            inputs[part] = normal(shape) / math.prod(shape[1:]) ** 0.5
+            inputs[f"{part} bias"] = normal(shape[0])
+        return inputs
+
+    def stack(x: Named) -> nn.Sequential:
+        model = nn.Sequential(
+            nn.Conv2d(channels, wide, 1),
+            nn.ReLU6(),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide),
+            nn.ReLU6(),
+            nn.Conv2d(wide, out, 1),
+        )
+        for conv, part in zip(model[::2], shapes, strict=True):
+            conv.weight, conv.bias = nn.Parameter(x[part]), nn.Parameter(x[f"{part} bias"])
+        return model.eval()
+
+    def ours(x: Named, backend: str) -> Tensor:
+        model = stack(x)
+        with fmkernels.use_backend(backend):
+            fmkernels.replace(model, freeze=True)
+            return model(x["input"])
+
+    suffix = " channels_last" if layout == torch.channels_last else " contiguous"
+    return Case(
+        "conv", "frozen Sequential", name + suffix, make, ours,
+        lambda x: stack(x)(x["input"]), gradients=False,
+    )  # fmt: skip
 
 
 def _frozen(
