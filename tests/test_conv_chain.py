@@ -692,6 +692,26 @@ def test_members_may_be_exchanged(chains, no_grad):
     assert chains == []
 
 
+def test_subclasses_of_our_layers_are_called(chains, no_grad):
+    class Doubled(fnn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Same(fnn.Conv2d):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), Doubled(16, 16, 1), Same(16, 16, 1),
+        fnn.ConvBlock2d(16, 16, 1, norm="batch"),
+    ).eval()  # fmt: skip
+    x = torch.randn(INPUT)
+    with fmkernels.use_backend("reference"):
+        expected = model(x)
+    ours = frozen(model)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+    assert chains == [2, 2]
+
+
 def test_replacing_again(no_grad):
     """A Sequential that runs chains is still one whose members are known by their position."""
     model = nn.Sequential(

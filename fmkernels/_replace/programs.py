@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from fmkernels import nn as fnn
-from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, summand
+from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d, summand
 from fmkernels.ops.conv import quick
 
-_CONVS = (fnn.Conv2d, fnn.ConvBlock2d)
+# Not by class: a subclass may do more.
+_CONV_FORWARDS = (fnn.Conv2d.forward, fnn.ConvBlock2d.forward, FusedConv2d.forward)
 _IDENTITIES = (FusedAway, FusedBatchNorm2d, nn.Identity)
 
 NOTHING = -1  # in place of a value: no residual
@@ -85,16 +86,17 @@ def record(
     None if it comes to more than convolutions; the program may have grown all the same. ``watch``
     gets to know all that this depends on.
     """
-    if isinstance(module, _CONVS):
+    kind = type(module)
+    is_conv = kind.forward in _CONV_FORWARDS and module._dims == 2
+    if is_conv:
         watch.add_layer(module)
     else:
         watch.add(module)
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return None
-    if isinstance(module, _CONVS):
+    if is_conv:
         program.append(Call(module, input, residual))
         return len(program)
-    kind = type(module)
     if kind in _IDENTITIES:
         return input if residual == NOTHING else None
     forward = getattr(kind, "_fmkernels_forward", None)
