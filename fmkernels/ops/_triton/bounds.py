@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -111,7 +112,7 @@ class _Launch:
             memory[chosen] = offsets + region.real
         return memory
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         from triton.runtime.interpreter import interpreter_builder
 
         program = interpreter_builder.grid_idx
@@ -131,7 +132,7 @@ def _described(region: _Region, offsets: numpy.ndarray, verb: str) -> str:
 def _line() -> str:
     """The line of the kernel, or of a function that it calls, which makes the access."""
     here = (os.path.dirname(triton.__file__), os.path.abspath(__file__))
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(here):
         frame = frame.f_back
     if frame is None:
