@@ -9,20 +9,14 @@
 
 #include <type_traits>
 
-#include "cpu/conv_finish.h"
-#include "cpu/conv_internal.h"
+#include "cpu/conv_by_rows.h"
+#include "cpu/conv_plan.h"
 #include "cpu/conv_small_groups.h"
 
 namespace fmk::FMK_ISA {
 namespace {
 
-constexpr int64_t kDepthwiseBlockPixels = 112;   // little reuse: what counts is staying in L1
-constexpr int64_t kBlockPixels = 448;            // enough to use each weight in L2 often
-constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
-constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap are worth staging
-constexpr int64_t kStripTiles = 8;               // tiles that the panels take turns with,
-constexpr int64_t kStripPointers = 3072;         // fewer if they have very many pointers
-constexpr int64_t kPanelsBytes = 384 << 10;      // panels that are used strip by strip: from L2
+constexpr int64_t kPanelsBytes = 384 << 10;  // panels that are used strip by strip: from L2
 
 // a / b, not negative: almost always within 32 bits, where the division is three times as fast.
 FMK_INLINE int64_t quotient(int64_t a, int64_t b) {
@@ -31,84 +25,17 @@ FMK_INLINE int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
-// D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
 template <class T, class D, bool kDepthwise>
-struct Correlator {
+struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   using V = Vec<T>;
   using A = Acc<T>;
-  const Correlation<T>& p;
-  // As computed: depthwise is one group of all channels.
-  int64_t groups, channels, out_channels;
-  bool in_place;  // the input is read where it lies
-  bool direct;    // tiles store to the output
-  bool finished;  // what tiles store has been through the whole epilogue
-  RowStage<T, D> stage;
-  int64_t pixel_words, group_words;       // steps of the (staged) input
-  int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each
-                                          // run covering element_taps taps of a kernel row
-  int64_t strip_tiles;
-  PanelSplit<V> split;
-  int64_t image_rows, blocks, panel_parts, shards;
-
-  explicit Correlator(const Correlation<T>& problem, const Parallel& pool) : p(problem) {
-    groups = kDepthwise ? 1 : p.groups;
-    channels = kDepthwise ? p.groups : p.channels;
-    out_channels = kDepthwise ? p.groups : p.out_channels;
-    split = PanelSplit<V>::of(out_channels);
-    const int64_t channel_words = ceil_div(channels, kPairOf<D>);
-    const bool readable = sizeof(D) == sizeof(T) * kPairOf<D> && channels % kPairOf<D> == 0;
-    const bool vectors = !kDepthwise || channels % V::W == 0;
-    const bool joinable = !kDepthwise && p.x.taps > 1 && p.x.step == 1;
-    // Pointers into the padding of a row can say zeros only.
-    const bool repeats = p.padding != PaddingMode::kZeros &&
-                         (p.x.offset < 0 || p.x.offset + p.x.span() > p.x.in_size);
-    const bool pixels = p.channels_last != p.turns;  // of the input, side by side
-    in_place =
-        pixels && readable && vectors && !repeats && !(joinable && channel_words < kMinJoinedWords);
-    stage = {pixels,      groups,     channels,   p.z.in_size * p.y.in_size,
-             p.x.in_size, p.x.offset, p.x.span(), p.padding};
-    const bool joined = joinable && !in_place;
-    element_taps = joined ? p.x.taps : 1;
-    elements = p.row_taps() * (p.x.taps / max_of<int64_t>(1, element_taps));
-    words = channel_words * element_taps;
-    strip_tiles = max_of<int64_t>(
-        1, min_of(kStripTiles, kStripPointers / max_of<int64_t>(1, elements * kMaxTileRows)));
-    pixel_words = in_place ? groups * channel_words : channel_words;
-    group_words = in_place ? channel_words : stage.group_words();
-    direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
-    finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
-                          !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
-    divide(pool);
-  }
-
-  // Blocks of output rows; where there are too few pixels for that, panels are shared out instead.
-  void divide(const Parallel& pool) {
-    const bool pooled = p.pool.kernel_h > 0;
-    image_rows = pooled ? p.pool.out_height : p.out_rows();
-    const int64_t rows = p.batch * image_rows, conv_rows = pooled ? p.pool.stride_h : 1;
-    const int64_t row_pixels = conv_rows * p.x.out_size;
-    const int64_t read_words =  // of an input row
-        in_place ? p.x.out_size * min_of(p.x.stride, p.x.taps) * pixel_words : stage.row_words();
-    const int64_t row_bytes = conv_rows * min_of(p.y.stride, p.y.taps) * read_words * sizeof(D);
-    int64_t per_block = max_of<int64_t>(
-        1, (kDepthwise ? kDepthwiseBlockPixels : kBlockPixels) / max_of<int64_t>(1, row_pixels));
-    // Rows that windows share are computed again in the next block.
-    if (p.pool.kernel_h > p.pool.stride_h) per_block = max_of<int64_t>(4, 2 * per_block);
-    per_block =
-        min_of(per_block, max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes)));
-    per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, image_rows));
-    blocks = ceil_div(rows, per_block);
-    const double flops = 2.0 * static_cast<double>(p.batch * p.out_rows() * p.x.out_size) *
-                         static_cast<double>(groups * out_channels * elements * element_taps) *
-                         static_cast<double>(kDepthwise ? 16 : channels);
-    const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
-    panel_parts = 1;
-    if (threads > 1 && rows * row_pixels < threads * 64)
-      panel_parts = min_of(threads, groups * split.count);
-    else if (threads > 1 && blocks < 8 * threads)
-      blocks = min_of(rows, ceil_div(blocks, threads) * threads);
-    shards = min_of(threads, blocks * panel_parts);
-  }
+  using Plan = CorrelationPlan<T, D, kDepthwise>;
+  using Plan::output_epilogue, Plan::panel_epilogue, Plan::finish_rows;
+  using Plan::p, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place, Plan::direct,
+      Plan::finished, Plan::by_rows, Plan::streams, Plan::stage, Plan::pixel_words,
+      Plan::group_words, Plan::elements, Plan::element_taps, Plan::words, Plan::strip_tiles,
+      Plan::split, Plan::image_rows, Plan::blocks, Plan::panel_parts, Plan::shards;
+  using Plan::Plan;
 
   void run(const Parallel& pool) const {
     WorkShares work(shards, blocks * panel_parts, p.moments.sharing());
@@ -123,15 +50,20 @@ struct Correlator {
       run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
                 panels * part / panel_parts, panels * (part + 1) / panel_parts);
     }
+    if (streams) stream_end();
   }
 
   void run_block(int64_t shard, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
     Block<D> block;
     block.shard = shard;
-    find_pieces(row0, row1, &block);
+    find_pieces(p, image_rows, row0, row1, &block);
     gather_rows(p.input, p.z, p.y, stage, in_place, 2 * (elements * kMaxTileRows * strip_tiles + 8),
                 &block);
     const int64_t pixels = block.rows * p.x.out_size;
+    if constexpr (!kDepthwise && kFusedEpilogue<T>) {
+      if (by_rows)
+        return RowMultiplier<T, D>{*this}.run(block, panel0, panel1, row0 * p.x.out_size);
+    }
     if constexpr (kDepthwise) {
       if (direct) {
         const int64_t begin = split.column(panel0), first_pixel = row0 * p.x.out_size;
@@ -156,52 +88,12 @@ struct Correlator {
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
-      const int64_t columns = min_of(width, out_channels - column);
-      const int64_t channel = group * out_channels + column;
       auto* rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
       if constexpr (kDepthwise)
         multiply_channels(block, column, column + width, 0, rows);
       else
         multiply(block, group, panel, panel + 1, row0 * p.x.out_size, rows);
-      const Finisher<T> finisher{p, channel, columns, width, finished};
-      for (int i = 0; i < block.piece_count; ++i) {
-        const Piece& piece = block.pieces[i];
-        finisher.run(piece, rows);
-        const int64_t begin = piece.begin * p.x.out_size + p.place_x.first;
-        if (p.moments.wanted())
-          p.moments.add(shard, piece.image, begin, begin + (piece.end - piece.begin) * p.x.out_size,
-                        channel, channel + columns);
-      }
-    }
-  }
-
-  void find_pieces(int64_t row0, int64_t row1, Block<D>* block) const {
-    const PoolShape& s = p.pool;
-    for (int64_t row = row0; row < row1;) {
-      Piece piece;
-      piece.image = row / image_rows;
-      piece.out_begin = row - piece.image * image_rows;
-      piece.out_end = min_of(image_rows, piece.out_begin + row1 - row);
-      piece.begin = piece.out_begin;
-      piece.end = piece.out_end;
-      piece.own_begin = piece.begin;
-      if (s.kernel_h) {
-        const auto end_of = [&](int64_t out) {  // of the window of pooled row `out`
-          return max_of<int64_t>(0,
-                                 min_of(p.y.out_size, out * s.stride_h - s.padding_h + s.kernel_h));
-        };
-        piece.begin = max_of<int64_t>(0, piece.out_begin * s.stride_h - s.padding_h);
-        piece.end = end_of(piece.out_end - 1);
-        piece.own_begin = piece.out_begin == 0 ? 0 : end_of(piece.out_begin - 1);
-        if (p.preactivation) {  // wanted of the rows that no window covers, too
-          piece.begin = min_of(piece.begin, piece.own_begin);
-          if (piece.out_end == image_rows) piece.end = p.y.out_size;
-        }
-      }
-      piece.first_row = block->rows;
-      block->rows += piece.end - piece.begin;
-      block->pieces[block->piece_count++] = piece;
-      row += piece.out_end - piece.out_begin;
+      finish_rows(block, group, column, width, rows);
     }
   }
 
@@ -298,18 +190,6 @@ struct Correlator {
       addresses += bytes;
       std::memcpy(to + i, &addresses, sizeof addresses);
     }
-  }
-
-  Epilogue<T> output_epilogue() const {
-    Epilogue<T> epilogue;
-    epilogue.out = p.output;
-    epilogue.ld_out = epilogue.ld_residual = groups * out_channels;
-    epilogue.scale = p.scale;
-    epilogue.shift = p.shift;
-    epilogue.residual = p.residual;
-    epilogue.preactivation = p.preactivation;
-    epilogue.activation = p.activation;
-    return epilogue;
   }
 
   // Panels [panel0, panel1) of a group for the block's pixels, to the output or (one panel) to
@@ -423,23 +303,6 @@ struct Correlator {
                    const Epilogue<T>& epilogue) const {
     if (direct) prefetch_output(epilogue, rows);
     run_tile_with_epilogue<T, false>(rows, vecs, in, epilogue);
-  }
-
-  // The epilogue of a panel, if tiles go through it: to the output or to rows[pixels][width].
-  Epilogue<T> panel_epilogue(int64_t group, int64_t column, int64_t width, int64_t first_pixel,
-                             A* rows) const {
-    Epilogue<T> epilogue;
-    if (!finished) return epilogue;
-    epilogue = output_epilogue().at_panel(group * out_channels + column,
-                                          min_of(width, out_channels - column));
-    if (direct) {
-      epilogue = epilogue.at_row(first_pixel);
-    } else if constexpr (std::is_same_v<T, A>) {
-      epilogue.out = rows;
-      epilogue.ld_out = width;
-      epilogue.columns = static_cast<int>(width);
-    }
-    return epilogue;
   }
 
   // Depthwise, channels [begin, end) of the block's pixels: sum over taps of input[pixel + tap] *

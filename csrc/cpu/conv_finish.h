@@ -55,13 +55,15 @@ FMK_INLINE void pool_max(const WindowElements<typename V::Elem>& window, const S
   *best = largest;
   *position = at;
 }
+template <class V>
+FMK_INLINE V pool_max(V largest, V value) {
+  return select(is_nan(largest), largest, max(largest, value));
+}
 template <class V, class S>
 FMK_INLINE V pool_max(const WindowElements<typename V::Elem>& window, const S* origin) {
   V largest = splat_as<V>(-__builtin_inf());
-  for (int i = 0; i < window.count; ++i) {
-    const V value = load(origin + window.offset[i]);
-    largest = select(is_nan(largest), largest, max(largest, value));
-  }
+  for (int i = 0; i < window.count; ++i)
+    largest = pool_max(largest, load(origin + window.offset[i]));
   return largest;
 }
 
@@ -228,6 +230,15 @@ struct Finisher {
   // conv: the piece's rows after the activation.
   void pool(const Piece& piece, const A* conv) const {
     const PoolShape& s = p.pool;
+    // Maxima of which nobody wants the position: first over the rows of a window.
+    const int64_t run =
+        s.kernel_w * width > kTall ? 0 : (kTall / width - s.kernel_w) / s.stride_w + 1;
+    if (s.kind == PoolKind::kMax && !p.argmax && s.kernel_h > 1 && s.kernel_w > 1 && run > 0) {
+      for (int64_t py = piece.out_begin; py < piece.out_end; ++py)
+        for (int64_t px = 0; px < s.out_width; px += min_of<int64_t>(run, kStep))
+          pool_run(piece, conv, py, px, min_of(min_of<int64_t>(run, kStep), s.out_width - px));
+      return;
+    }
     const int64_t out_width = p.x.out_size, pixels_per_image = s.out_height * s.out_width;
     WindowElements<A> window;
     const V divisor = splat(static_cast<A>(s.kernel_h * s.kernel_w));
@@ -265,6 +276,42 @@ struct Finisher {
         }
       }
     }
+  }
+  static constexpr int64_t kTall = 4096;  // numbers of a row of maxima: half of L1
+  // Pooled pixels [px, px + n) of row py.
+  void pool_run(const Piece& piece, const A* conv, int64_t py, int64_t px, int64_t n) const {
+    const PoolShape& s = p.pool;
+    alignas(64) A tall[kTall], best[kStep * kMaxWidth];
+    const auto inside = [](int64_t first, int64_t count, int64_t size, int64_t* begin) {
+      *begin = min_of(size, max_of<int64_t>(0, first));
+      return max_of(*begin, min_of(size, first + count));
+    };
+    const int64_t first = px * s.stride_w - s.padding_w;
+    int64_t y0, x0;
+    const int64_t y1 = inside(py * s.stride_h - s.padding_h, s.kernel_h, p.y.out_size, &y0);
+    const int64_t x1 = inside(first, (n - 1) * s.stride_w + s.kernel_w, p.x.out_size, &x0);
+    const int64_t row_step = p.x.out_size * width;
+    const A* from = conv + (y0 - piece.begin) * row_step + x0 * width;
+    const V nothing = splat_as<V>(-__builtin_inf());
+    for (int64_t i = 0; i < (x1 - x0) * width; i += V::W) {
+      V largest = nothing;
+      for (int64_t y = 0; y < y1 - y0; ++y)
+        largest = pool_max(largest, load(from + y * row_step + i));
+      store(tall + i, largest);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t begin;
+      const int64_t end = inside(first + i * s.stride_w, s.kernel_w, p.x.out_size, &begin);
+      const A* window = tall + (begin - x0) * width;
+      for (int64_t j = 0; j < width; j += V::W) {
+        V largest = nothing;
+        for (int64_t x = 0; x < end - begin; ++x)
+          largest = pool_max(largest, load(window + x * width + j));
+        store(best + i * width + j, largest);
+      }
+    }
+    const int64_t pixels = s.out_height * s.out_width;
+    store_run(p.output, piece.image, py * s.out_width + px, pixels, n, best);
   }
   void flush(int64_t image, int64_t pixel, int n, int64_t pixels_per_image, const A* best,
              const A* positions) const {

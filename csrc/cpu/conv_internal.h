@@ -98,6 +98,20 @@ struct WeightView {
   // One input and one output channel per group: computed channel by channel instead of as a GEMM.
   bool depthwise() const { return columns == 1 && reduction == 1 && groups > 1; }
 };
+// Panels of a packed weight: where few input channels make the reduction short, narrow ones that
+// stay in L1; else as wide as tiles go.
+constexpr int64_t kNarrowVecs = 2;
+template <class T>
+FMK_INLINE PanelSplit<Vec<T>> panel_split(int64_t groups, int64_t columns, int64_t reduction,
+                                          int64_t taps) {
+  constexpr int64_t kFewWords = 16, kPanelBytes = 24 << 10;
+  const int64_t words = words_of<T>(reduction), vecs = ceil_div(columns, int64_t{Vec<T>::W});
+  const int64_t bytes = taps * words * kNarrowVecs * Vec<T>::W * sizeof(Word<T>);
+  if (groups > 1 || taps <= 1 || words >= kFewWords || bytes > kPanelBytes)
+    return PanelSplit<Vec<T>>::of(columns);
+  const int64_t count = ceil_div(vecs, kNarrowVecs);
+  return {vecs, count, 1, EvenSplit::of(vecs, count)};
+}
 // Packed: [group][panel][tap_z][tap_y][tap_x][words of the reduction][width], depthwise
 // [tap_z][tap_y][tap_x][groups] in the compute type, padded to whole vectors.
 template <class T>

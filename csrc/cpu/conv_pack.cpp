@@ -108,7 +108,7 @@ template <class T>
 void pack_correlation_weight(const WeightView<T>& w, void* packed, const Parallel& pool) {
   if (w.depthwise()) return pack_depthwise(w, static_cast<Acc<T>*>(packed));
   using V = Vec<T>;
-  const auto split = PanelSplit<V>::of(w.columns);
+  const auto split = panel_split<T>(w.groups, w.columns, w.reduction, w.taps());
   const int64_t length = w.taps() * words_of<T>(w.reduction);
   const int64_t units = w.groups * split.vecs;
   const int64_t shards = units * length * V::W < 32768 ? 1 : min_of<int64_t>(pool.threads, units);

@@ -28,6 +28,41 @@ struct Block {
                              // (in place) a pixel
 };
 
+// The convolution rows under output rows [out_begin, out_end) of an image, as a piece of a block's
+// first rows.
+template <class T>
+void find_window_rows(const Correlation<T>& p, int64_t image, int64_t out_begin, int64_t out_end,
+                      Piece* piece) {
+  const PoolShape& s = p.pool;
+  *piece = {image, out_begin, out_end, out_begin, out_end, 0, out_begin};
+  if (s.kernel_h == 0) return;
+  const auto end_of = [&](int64_t out) {  // of the window of pooled row `out`
+    return max_of<int64_t>(0, min_of(p.y.out_size, out * s.stride_h - s.padding_h + s.kernel_h));
+  };
+  piece->begin = max_of<int64_t>(0, out_begin * s.stride_h - s.padding_h);
+  piece->end = end_of(out_end - 1);
+  piece->own_begin = out_begin == 0 ? 0 : end_of(out_begin - 1);
+}
+
+// Output rows [row0, row1), image_rows to an image, as the pieces of a block.
+template <class T, class D>
+void find_pieces(const Correlation<T>& p, int64_t image_rows, int64_t row0, int64_t row1,
+                 Block<D>* block) {
+  for (int64_t row = row0; row < row1;) {
+    Piece piece;
+    const int64_t image = row / image_rows, out_begin = row - image * image_rows;
+    find_window_rows(p, image, out_begin, min_of(image_rows, out_begin + row1 - row), &piece);
+    if (p.pool.kernel_h && p.preactivation) {  // wanted of the rows that no window covers, too
+      piece.begin = min_of(piece.begin, piece.own_begin);
+      if (piece.out_end == image_rows) piece.end = p.y.out_size;
+    }
+    piece.first_row = block->rows;
+    block->rows += piece.end - piece.begin;
+    block->pieces[block->piece_count++] = piece;
+    row += piece.out_end - piece.out_begin;
+  }
+}
+
 // Rows from the first to the last that one piece reaches: exact only where rows of one plane, not
 // repeated by the padding, lie under it; else all rows of the image do at most.
 template <class D>
