@@ -537,8 +537,9 @@ def test_a_forward_of_its_own_that_is_convolutions_alone(chains, no_grad):
     assert chains == [3]
     torch.testing.assert_close(ours(x=x), model(x), rtol=1e-4, atol=1e-4)
     assert chains == [3]
-    with pytest.raises(TypeError):
-        ours()
+    for wrong in ((), (x, x), (x, None)):
+        with pytest.raises(TypeError):
+            ours(*wrong)
 
 
 @pytest.mark.parametrize("training", [False, True])

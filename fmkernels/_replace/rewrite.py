@@ -137,6 +137,9 @@ class Forward:
         self.names = names
         self.reads = reads
         self.program = program
+        # With what the forward may be called to be run as a program.
+        takes = any([call.residual == programs.GIVEN for call in program or ()])
+        self._arities = (1, 2) if takes else (1,)
         self._functions = tuple(_compile(source, names) for source in sources)
 
     @classmethod
@@ -159,11 +162,13 @@ class Forward:
         """See :func:`programs.record`."""
         if self.program is None or module.training or changed(module, self.reads):
             return None
+        if residual != programs.NOTHING and 2 not in self._arities:
+            return None
         watch.add_reads(module, self.reads)
         return programs.record_calls(module, self.program, input, residual, program, watch)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.program is not None and not kwargs and len(args) in (1, 2):
+        if self.program is not None and not kwargs and len(args) in self._arities:
             program = self._recorded(module, len(args) == 2 and args[1] is not None)
             if program is not None:
                 return program(*args, *(None,) * (2 - len(args)))
