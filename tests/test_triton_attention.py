@@ -24,6 +24,7 @@ if INTERPRETING:
     from fmkernels.ops.attention import triton as kernels
     from fmkernels.ops.attention import triton_cache
     from fmkernels.ops.attention import triton_configs as configs
+    from fmkernels.ops.attention import triton_statistics as statistics_kernels
 
 SEED = torch.tensor([0x123456789ABCDEF])
 # batch, query heads, key heads, queries, keys, D, Dv
@@ -161,6 +162,30 @@ def test_options_over_several_blocks(case, dtype, small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_backward_that_reads_features_in_chunks(case, dtype, chunks):
     check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        "causal",
+        "window",
+        "behind",
+        "softcap",
+        "alibi",
+        "sinks",
+        "bool_mask",
+        "whole_mask",
+    ],
+)
+def test_statistics_over_several_blocks(case, small_tiles):
+    query, key, _, options = problem(case, torch.float32)
+    ours = statistics_kernels.sdpa_statistics(query, key, *options)
+    plain = reference.sdpa_statistics(query, key, *options)
+    exact = reference.sdpa_statistics(query.double(), key.double(), *map(doubled, options))
+    for name, index in (("entropy", 0), ("top weight", 2), ("lse", 3)):
+        testing.assert_within_policy(name, ours[index], plain[index], exact[index])
+    assert torch.equal(ours[1], exact[1])
 
 
 def check(case, dtype):

@@ -12,10 +12,12 @@ from fmkernels.bench.gpu.registry import Case, Kernel
 from fmkernels.ops.attention import triton as kernels
 from fmkernels.ops.attention import triton_cache as cache_kernels
 from fmkernels.ops.attention import triton_configs as configs
+from fmkernels.ops.attention import triton_statistics as statistics_kernels
 from fmkernels.ops.attention.schema import Options
 
 KERNELS = (
     Kernel("attention_fwd_kernel", configs.FORWARD, matrix=True),
+    Kernel("attention_statistics_kernel", configs.FORWARD, matrix=True),
     Kernel("attention_bwd_preprocess_kernel", configs.STREAM),
     Kernel("attention_bwd_dkdv_kernel", configs.KEYS_VALUES, matrix=True, m_block="BLOCK_N"),
     Kernel("attention_bwd_dq_kernel", configs.QUERIES, matrix=True),
@@ -76,6 +78,23 @@ def _attention(
     return call
 
 
+def _statistics(width: int, features: bool = False) -> Callable[[torch.dtype], None]:
+    """Of the causal softmax of 16 heads over 4096 keys; features: softcap, ALiBi and sinks."""
+
+    def call(dtype: torch.dtype) -> None:
+        query, key = (_meta(dtype, 4, 4096, 16, width).transpose(1, 2) for _ in range(2))
+        given = Options(scale=width**-0.5, window_right=0)
+        if features:
+            given = given._replace(
+                softcap=30.0,
+                alibi_slopes=_meta(torch.float32, 1, 16),
+                sinks=_meta(torch.float32, 16),
+            )
+        statistics_kernels.sdpa_statistics(query, key, *given)
+
+    return call
+
+
 def _cached(width: int, page: int = 0) -> Callable[[torch.dtype], None]:
     """One new token for each of 32 sequences: 32 heads on 8, caches of 8192 keys."""
 
@@ -113,6 +132,10 @@ CASES = (
     Case("key_mask_d128", _attention(128, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
     Case("key_mask_d256", _attention(256, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
     Case("key_mask_d512", _attention(512, mask=(4, 1, 1, 4096)), dtypes=_BOTH),
+    *(Case(f"statistics_d{width}", _statistics(width), dtypes=_BOTH)
+      for width in (64, 128, 256, 512)),
+    *(Case(f"statistics_features_d{width}", _statistics(width, features=True), dtypes=_BOTH)
+      for width in (64, 128, 256, 512)),
     Case("decode_d64", _cached(64), dtypes=_BOTH),
     Case("decode_paged_d128", _cached(128, page=16), dtypes=_BOTH),
     Case("decode_d256", _cached(256), dtypes=_BOTH),

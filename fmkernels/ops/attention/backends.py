@@ -54,7 +54,7 @@ def _triton_serves(query: Tensor) -> Support:
     return SUPPORTED
 
 
-def _triton_cache_supports(query: Tensor, *rest: object) -> Support:
+def _triton_inference_supports(query: Tensor, *rest: object) -> Support:
     common = triton_support(query)
     return _triton_serves(query) if common.ok else common
 
@@ -88,6 +88,11 @@ STATISTICS = {
         forward=torch.ops.fmkernels.sdpa_statistics.default,
         backward=_no_backward,
     ),
+    "triton": Backend(
+        supports=_triton_inference_supports,
+        forward=triton_op("fmkernels.ops.attention.triton_statistics", "sdpa_statistics"),
+        backward=_no_backward,
+    ),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.sdpa_statistics,
@@ -108,7 +113,7 @@ CACHED = {
         backward=_no_backward,
     ),
     "triton": Backend(
-        supports=_triton_cache_supports,
+        supports=_triton_inference_supports,
         forward=triton_op(_TRITON_CACHE, "sdpa_cached"),
         backward=_no_backward,
     ),

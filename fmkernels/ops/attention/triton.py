@@ -27,7 +27,7 @@ MOST_FEATURES = 512
 _MOST_ROW_STRIDE = 2**23
 
 
-class _Problem:
+class Problem:
     """What the kernels of a call share: sizes, options as kernel arguments, launch shapes."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> None:
@@ -118,14 +118,14 @@ def _near(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.stride(2) >= _MOST_ROW_STRIDE else tensor
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3]
 
 
 def sdpa_forward(
     query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    problem = _Problem(query, key, value, Options(*options))
+    problem = Problem(query, key, value, Options(*options))
     given = problem.options
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -146,10 +146,10 @@ def sdpa_forward(
         given.cu_seqlens_q,
         given.cu_seqlens_k,
         given.dropout_seed,
-        _strides(problem.query),
-        _strides(problem.key),
-        _strides(problem.value),
-        _strides(output),
+        strides_of(problem.query),
+        strides_of(problem.key),
+        strides_of(problem.value),
+        strides_of(output),
         lse.stride(),
         mask_strides,
         problem.slope_strides(),
@@ -177,7 +177,7 @@ def sdpa_backward(
     need_query, need_key, need_value, need_mask, need_slopes, need_sinks = options_and_needs[
         count:
     ]
-    problem = _Problem(query, key, value, Options(*options_and_needs[:count]))
+    problem = Problem(query, key, value, Options(*options_and_needs[:count]))
     grad_output = _near(grad_output)
     grads = [query.new_empty(0) for _ in range(6)]
     delta = _row_sums(problem, grad_output, grad_lse, _near(output), lse)
@@ -201,7 +201,7 @@ def sdpa_backward(
 
 
 def _row_sums(
-    problem: _Problem,
+    problem: Problem,
     grad_output: Tensor,
     grad_lse: Tensor | None,
     output: Tensor,
@@ -220,8 +220,8 @@ def _row_sums(
         lse,
         grad_lse,
         delta,
-        _strides(grad_output),
-        _strides(output),
+        strides_of(grad_output),
+        strides_of(output),
         problem.queries,
         HEADS=problem.heads,
         VALUE_DIM=problem.value_width,
@@ -231,7 +231,7 @@ def _row_sums(
 
 
 def _keys_and_values(
-    problem: _Problem, grad_output: Tensor, lse: Tensor, delta: Tensor
+    problem: Problem, grad_output: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     given = problem.options
     grad_key = problem.key.new_empty(problem.key.shape)
@@ -255,14 +255,14 @@ def _keys_and_values(
         given.dropout_seed,
         grad_key,
         grad_value,
-        _strides(problem.query),
-        _strides(problem.key),
-        _strides(problem.value),
-        _strides(grad_output),
+        strides_of(problem.query),
+        strides_of(problem.key),
+        strides_of(problem.value),
+        strides_of(grad_output),
         mask_strides,
         problem.slope_strides(),
-        _strides(grad_key),
-        _strides(grad_value),
+        strides_of(grad_key),
+        strides_of(grad_value),
         problem.queries,
         problem.keys,
         problem.sequences,
@@ -274,7 +274,7 @@ def _keys_and_values(
 
 
 def _queries(
-    problem: _Problem,
+    problem: Problem,
     grad_output: Tensor,
     lse: Tensor,
     delta: Tensor,
@@ -316,14 +316,14 @@ def _queries(
         grad_mask,
         grad_slopes,
         grad_sinks,
-        _strides(problem.query),
-        _strides(problem.key),
-        _strides(problem.value),
-        _strides(grad_output),
+        strides_of(problem.query),
+        strides_of(problem.key),
+        strides_of(problem.value),
+        strides_of(grad_output),
         mask_strides,
         problem.slope_strides(),
-        _strides(grad_query),
-        (0, 0, 0) if grad_mask is None else _strides(grad_mask),
+        strides_of(grad_query),
+        (0, 0, 0) if grad_mask is None else strides_of(grad_mask),
         problem.queries,
         problem.keys,
         problem.sequences,
@@ -344,7 +344,7 @@ def _slopes_gradient(by_row: Tensor, options: Options) -> Tensor:
     return torch.zeros_like(slopes).index_add_(0, sequence, by_row[0].t())
 
 
-def _broadcast_mask(problem: _Problem, grad_output: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _broadcast_mask(problem: Problem, grad_output: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     given = problem.options
     mask, mask_strides = problem.mask()
     grad_mask = mask.new_empty(mask.shape)
@@ -370,10 +370,10 @@ def _broadcast_mask(problem: _Problem, grad_output: Tensor, lse: Tensor, delta: 
         given.alibi_slopes,
         given.dropout_seed,
         grad_mask,
-        _strides(problem.query),
-        _strides(problem.key),
-        _strides(problem.value),
-        _strides(grad_output),
+        strides_of(problem.query),
+        strides_of(problem.key),
+        strides_of(problem.value),
+        strides_of(grad_output),
         mask_strides,
         problem.slope_strides(),
         problem.batch,
