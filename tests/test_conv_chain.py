@@ -713,6 +713,19 @@ def test_subclasses_of_our_layers_are_called(chains, no_grad):
     assert chains == [2, 2]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "convert", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(1))]
+)
+def test_members_in_torchscript(convert, chains, no_grad):
+    """Whose classes have no forward to look at."""
+    pair = [nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3)]
+    model = nn.Sequential(*pair, convert(nn.Tanh()), *copy.deepcopy(pair)).eval()
+    x = torch.randn(INPUT)
+    torch.testing.assert_close(frozen(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    assert chains == [2, 2]
+
+
 def test_replacing_again(no_grad):
     """A Sequential that runs chains is still one whose members are known by their position."""
     model = nn.Sequential(

@@ -43,6 +43,11 @@ class Call(NamedTuple):
     residual: int
 
 
+def forward_function(module: nn.Module) -> Any:
+    """What its class has for a forward; None for TorchScript's classes, which raise instead."""
+    return getattr(type(module), "forward", None)
+
+
 def of_graph(graph: fx.Graph) -> tuple[Call, ...] | None:
     """The calls that a forward consists of, by name, or None if it does anything else.
 
@@ -87,7 +92,8 @@ def record(
     gets to know all that this depends on.
     """
     kind = type(module)
-    is_conv = kind.forward in _CONV_FORWARDS and module._dims == 2
+    function = forward_function(module)
+    is_conv = function in _CONV_FORWARDS and module._dims == 2
     if is_conv:
         watch.add_layer(module)
     else:
@@ -102,7 +108,7 @@ def record(
     forward = getattr(kind, "_fmkernels_forward", None)
     if forward is not None:
         return forward.record(module, input, residual, program, watch)
-    if kind.forward is nn.Sequential.forward and residual == NOTHING:
+    if function is nn.Sequential.forward and residual == NOTHING:
         return record_members(module, None, input, NOTHING, program, watch)
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fmkernels._replace import sequential
+from fmkernels._replace import programs, sequential
 from fmkernels._replace.catalog import has_call_hooks
 from fmkernels._replace.trace import Trace
 
@@ -37,7 +37,7 @@ def is_scope(module: nn.Module) -> bool:
 
 def _has_forward(module: nn.Module) -> bool:
     """Whether ``module`` is called, as opposed to merely holding others."""
-    return type(module).forward is not nn.Module.forward
+    return programs.forward_function(module) is not nn.Module.forward
 
 
 def _owner(path: str) -> str:

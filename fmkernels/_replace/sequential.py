@@ -116,7 +116,8 @@ def forward_of(module: nn.Module) -> SequentialForward | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling ``module`` is calling its members, one after the other."""
     forward = forward_of(module)
-    plain = (
-        type(module).forward is nn.Sequential.forward if forward is None else not forward.member
-    )
+    if forward is None:
+        plain = programs.forward_function(module) is nn.Sequential.forward
+    else:
+        plain = not forward.member
     return plain and "forward" not in vars(module)
