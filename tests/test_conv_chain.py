@@ -752,6 +752,19 @@ def test_compiled(no_grad):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced(chains, no_grad):
+    """A trace has a scope for each module, so it sees each called."""
+    model = nn.Sequential(nn.Conv2d(16, 64, 1), nn.ReLU6(), nn.Conv2d(64, 16, 3)).eval()
+    ours = frozen(model)
+    x = torch.randn(INPUT)
+    ours(x)
+    chains.clear()
+    traced = torch.jit.trace(ours, x)
+    assert chains == []
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_only_sequentials_with_convolutions_in_a_row_are_changed():
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),

@@ -78,6 +78,7 @@ def may_record() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
     )
