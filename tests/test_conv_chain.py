@@ -760,7 +760,7 @@ def test_traced(chains, no_grad):
     x = torch.randn(INPUT)
     ours(x)
     chains.clear()
-    traced = torch.jit.trace(ours, x)
+    traced = torch.jit.trace(ours, x, check_trace=False)
     assert chains == []
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
 
