@@ -27,7 +27,6 @@ import torch._functorch.config  # noqa: E402
 
 from fmkernels import UnsupportedError  # noqa: E402
 from fmkernels.ops._triton import support  # noqa: E402
-from fmkernels.ops._triton.bounds import checked_kernels  # noqa: E402
 
 # What PyTorch calls deprecated, and an error only where the variable CI is set.
 torch._functorch.config.error_on_custom_op_aliasing = True
@@ -102,6 +101,9 @@ def checked_triton(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every access of an interpreted kernel is to an element of the argument it points into."""
     marked = request.node.get_closest_marker
     if support.INTERPRETING and marked("interpret") and not marked("unchecked"):
+        # Needs NumPy, as the interpreter does, and an installation of the package alone has none.
+        from fmkernels.ops._triton.bounds import checked_kernels
+
         with checked_kernels(), unchecked_integers(), language_patched_once(), sums_in_pairs():
             yield
     else:
