@@ -193,12 +193,11 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, mode) for name, workload in SMALL.items() for mode in workload.modes]
+)
 def test_flash_attn_is_a_candidate(package, quickly, name, mode):
     workload = SMALL[name]
-    if mode not in workload.modes:
-        pytest.skip("decoding does not train")
     options = run.Options(peers=("flash-attn",))
     cell = run.measure(workload, "bf16", mode, options, CEILINGS)
     flash = cell.fastest("flash-attn")

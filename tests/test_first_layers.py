@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import fmkernels.functional as FF
 from fmkernels import _native, testing
 
-pytestmark = pytest.mark.skipif(not _native.HAS_NATIVE, reason="needs the native kernels")
+pytestmark = pytest.mark.skipif(
+    not _native.HAS_NATIVE, reason="the kernels under test are native, which are not built"
+)
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 # (batch, channels, height, width), output channels, kernel, stride, padding, dilation: rows of

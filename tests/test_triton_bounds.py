@@ -226,6 +226,10 @@ def masked_attention():
     attention(attn_mask=normal(1, 2, 21, 37))
 
 
+def statistics():
+    FF.attention_statistics(torch.randn(1, 2, 21, 20), torch.randn(1, 2, 37, 20), backend="triton")
+
+
 def cached_attention():
     caches = torch.randn(2, 1, 2, 19, 20)
     lengths = torch.tensor([19], dtype=torch.int32)
@@ -332,6 +336,11 @@ MUTANTS = {
     "attention: past the mask": (
         "attention.triton_tiles", "add_mask", "< num_rows", "<= num_rows",
         masked_attention, r"attention_fwd_kernel loads mask_ptr at 1554 ",
+    ),
+    "attention statistics: a row too many": (
+        "attention.triton_statistics", "attention_statistics_kernel", "inside = at < num_queries",
+        "inside = at <= num_queries",
+        statistics, r"attention_statistics_kernel stores entropy_ptr at 42 ",
     ),
     "attention: a key too many in the cache": (
         "attention.triton_decode", "attention_decode_kernel", "mask=held[:, None] & (lanes",

@@ -143,11 +143,12 @@ class _Planner:
         """Forwards with which convolutions that read one another's outputs run as one call."""
         forwards = self._fusion.forwards
         for path, module in found:
-            own = path in self._traces and path not in forwards
-            if path and own and rewrite.obstacle_of(module) is None:
-                own = rewrite.OwnForward.of(self._traces[path])
-                if own is not None:
-                    forwards[path] = own
+            # Nobody records the model itself, which is called from outside.
+            if not path or path not in self._traces or path in forwards:
+                continue
+            own = rewrite.OwnForward.of(self._traces[path])
+            if own is not None and rewrite.obstacle_of(module) is None:
+                forwards[path] = own
         fused = {member for chain in self._fusion.chains.values() for member in chain.members}
 
         def leaves(path: str, module: nn.Module) -> Iterator[str]:

@@ -9,8 +9,8 @@ exchanged, unfrozen, trained or given hooks at any time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,11 +18,17 @@ from torch.nn.modules import module as torch_module
 
 from fmkernels import nn as fnn
 from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d, summand
+from fmkernels.nn.conv import CONV_ATTRIBUTES, LAYER_ATTRIBUTES
 from fmkernels.ops.conv import quick
 
 # Not by class: a subclass may do more.
 _CONV_FORWARDS = (fnn.Conv2d.forward, fnn.ConvBlock2d.forward, FusedConv2d.forward)
 _IDENTITIES = (FusedAway, FusedBatchNorm2d, nn.Identity)
+
+# Where a module holds what was recorded of it; copies and pickles do without.
+RECORDED = "_fmkernels_recorded"
+
+R = TypeVar("R")
 
 NOTHING = -1  # in place of a value: no residual
 GIVEN = -2  # the residual that the module itself is given
@@ -248,8 +254,11 @@ class Watch:
         for module in (conv, norm):
             if module is not None and module is not layer:
                 self.add(module)
-        self._attributes += [(vars(layer), name, vars(layer)[name]) for name in _LAYER_OPTIONS]
-        self._attributes += [(vars(conv), name, vars(conv)[name]) for name in _CONV_OPTIONS]
+        for holder, names in (
+            (layer, (*LAYER_ATTRIBUTES, "_frozen_sources")),
+            (conv, CONV_ATTRIBUTES),
+        ):
+            self._attributes += [(vars(holder), name, vars(holder)[name]) for name in names]
         tables = [conv._parameters, layer._buffers]
         tables += [] if norm is None else [norm._parameters, norm._buffers]
         found = [(t, name, tensor) for t in tables for name, tensor in t.items()]
@@ -263,7 +272,18 @@ class Watch:
         self._attributes += [entry for entry in found if entry[2] is None]
 
 
-_LAYER_OPTIONS = ("activation", "pool", "backend", "_frozen_sources")
-_CONV_OPTIONS = (
-    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-)  # fmt: skip
+def kept(module: nn.Module, given: bool, record_now: Callable[[Watch], R]) -> R:
+    """What ``record_now`` found of ``module``, for as long as what it watches stays as it is.
+
+    Args:
+        given: whether the module is given a residual; the two are recorded apart.
+    """
+    found = module.__dict__.get(RECORDED, {}).get(given)
+    if found is not None and found[1]:
+        return found[0]
+    watch = Watch()
+    watch.add(module)
+    result = record_now(watch)
+    if watch:
+        module.__dict__.setdefault(RECORDED, {})[given] = result, watch
+    return result

@@ -23,8 +23,8 @@ from torch import fx, nn
 
 from fmkernels._replace import programs
 from fmkernels._replace.fused import summand
-from fmkernels._replace.programs import Call, Program, Watch
-from fmkernels._replace.sequential import RECORDED, SequentialForward
+from fmkernels._replace.programs import RECORDED, Call, Program, Watch
+from fmkernels._replace.sequential import SequentialForward
 from fmkernels._replace.trace import Trace
 
 _MISSING = object()
@@ -187,20 +187,17 @@ class Forward:
         """The forward as one call; None if it is more than that."""
         if module.training or not programs.may_record():
             return None
-        recorded = module.__dict__.get(RECORDED, {}).get(given)
-        if recorded is not None and recorded[1]:
-            return recorded[0]
-        watch, calls = Watch(), []
-        watch.add(module)
-        residual = programs.GIVEN if given else programs.NOTHING
-        value = self.record(module, 0, residual, calls, watch)
-        program = None
-        if len(calls) > 1 and value == len(calls):
+
+        def record_now(watch: Watch) -> Program | None:
+            calls: list[Call] = []
+            residual = programs.GIVEN if given else programs.NOTHING
+            value = self.record(module, 0, residual, calls, watch)
+            if len(calls) < 2 or value != len(calls):
+                return None
             program = Program(calls)
-            program = program if program.is_one_call else None
-        if watch:
-            module.__dict__.setdefault(RECORDED, {})[given] = program, watch
-        return program
+            return program if program.is_one_call else None
+
+        return programs.kept(module, given, record_now)
 
     def __deepcopy__(self, memo: dict) -> Forward:
         return self

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from fmkernels._replace import programs
 from fmkernels._replace.programs import GIVEN, NOTHING, Call, Program, Watch
 
+# What is called next, and whether it takes the residual.
+Step = tuple[Program | nn.Module, bool]
+
 
 @dataclass(frozen=True)
 class SequentialForward:
-    """See above.
+    """What a Sequential does that calls its members one after the other.
 
     Attributes:
         member: name of the member that takes the residual which the Sequential itself is given;
@@ -55,22 +58,16 @@ class SequentialForward:
     def _run(self, module: nn.Sequential, input: Any, residual: Any) -> Any:
         """Convolutions as one call, as far as they follow one another."""
         given = residual is not None
-        recorded = module.__dict__.get(RECORDED, {}).get(given)
-        if recorded is None or not recorded.watch:
-            recorded = self._record_all(module, given)
-            if recorded.watch:
-                module.__dict__.setdefault(RECORDED, {})[given] = recorded
-        for step, takes in recorded.steps:
+        steps = programs.kept(module, given, lambda watch: self._steps(module, given, watch))
+        for step, takes in steps:
             if isinstance(step, Program):
                 input = step(input, residual if takes else None)
             else:
                 input = step(input, residual) if takes else step(input)
         return input
 
-    def _record_all(self, module: nn.Sequential, has_residual: bool) -> Recorded:
-        watch = Watch()
-        watch.add(module)
-        steps: list[tuple[Program | nn.Module, bool]] = []
+    def _steps(self, module: nn.Sequential, has_residual: bool, watch: Watch) -> list[Step]:
+        steps: list[Step] = []
         calls: list[Call] = []
         value = 0
 
@@ -93,18 +90,7 @@ class SequentialForward:
             finish(False)
             steps.append((layer, given))
         finish(False)
-        return Recorded(steps, watch)
-
-
-class Recorded(NamedTuple):
-    """What a call comes to, one after the other, and whether each takes the residual."""
-
-    steps: list[tuple[Program | nn.Module, bool]]
-    watch: Watch
-
-
-# Where a module holds it; copies and pickles do without.
-RECORDED = "_fmkernels_recorded"
+        return steps
 
 
 def forward_of(module: nn.Module) -> SequentialForward | None:

@@ -298,6 +298,11 @@ class ConvTranspose3d(_TransposedConv, nn.ConvTranspose3d):
     _function = staticmethod(F.conv_transpose3d)
 
 
+# The attributes that everyday_layer reads, for whoever keeps its result.
+LAYER_ATTRIBUTES = ("activation", "pool", "backend")
+CONV_ATTRIBUTES = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
 def everyday_layer(
     conv: nn.modules.conv._ConvNd,
     packed_weight: Tensor | None,

@@ -97,6 +97,7 @@ def attention_statistics_kernel(
     best_key = tl.full((BLOCK_M,), -1, tl.int32)
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
+    # All by name: what a loop assigns may not change its type, and `_` would.
     low, high, whole = key_range(first_query, scoring, BLOCK_M, BLOCK_N)
     for n in tl.range(low, high, BLOCK_N):
         k = load_rows(k_base, n, k_strides[2], num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fmkernels._dispatch import current_precision, record_decision
-from fmkernels._remember import remember
 from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.conv.autograd import op_name, readable_weight
@@ -69,11 +68,12 @@ class Chain:
         self._layers = layers
         self._first = layers[0]
         self._one_backend = all([layer.backend == self._first.backend for layer in layers])
-        self._settings = _chain_settings(tuple([layer.options for layer in layers]), reads)
+        self._settings = chain_settings([layer.options for layer in layers], reads)
         self._vectors = [v for layer in layers for v in layer[1:5]]
-        # As they are, unless one has to be copied for the kernels first.
-        self._weights = [layer.weight for layer in layers]
-        self._contiguous = all([weight.is_contiguous() for weight in self._weights])
+        # As the kernels want them; a copy would grow old, so then they are made by every call.
+        weights = self._readable(exact=False)
+        kept = all([w is layer.weight for w, layer in zip(weights, layers, strict=True)])
+        self._weights = weights if kept else None
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """None where the call is not an everyday one; ``residual`` is the last layer's."""
@@ -88,7 +88,8 @@ class Chain:
             ):
                 return None
             exact = current_precision() == "exact"
-            weights = self._weights if self._contiguous else self._readable(exact)
+            weights = None if exact else self._weights
+            weights = self._readable(exact) if weights is None else weights
             output = CHAIN(input, weights, self._vectors, residual, *self._settings, exact)
         except CLOSER_LOOK:
             return None
@@ -102,9 +103,6 @@ class Chain:
             readable_weight(layer.weight, layer.packed_weight, layer.options, exact)
             for layer in self._layers
         ]
-
-
-_chain_settings = remember(chain_settings)
 
 
 def _is_ordinary(input: Tensor, weight: Tensor, options: ConvOptions, backend: str | None) -> bool:
