@@ -8,8 +8,9 @@ exchanged, unfrozen, trained or given hooks at any time.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,8 @@ _IDENTITIES = (FusedAway, FusedBatchNorm2d, nn.Identity)
 RECORDED = "_fmkernels_recorded"
 
 R = TypeVar("R")
+
+_version, _training = operator.attrgetter("_version"), operator.attrgetter("training")
 
 NOTHING = -1  # in place of a value: no residual
 GIVEN = -2  # the residual that the module itself is given
@@ -200,51 +203,82 @@ class Program:
         return quick.Chain(layers, tuple(reads))
 
 
-class Watch:
-    """Whether all that a recording relies on is as it was: modules, hooks, weights, options."""
+class _Entries:
+    """Entries of dictionaries, and what they held."""
 
     def __init__(self) -> None:
-        self._modules: list[tuple[nn.Module, type, bool, list]] = []
-        self._attributes: list[tuple[dict, str, Any]] = []
-        self._tensors: list[tuple[dict, str, Tensor, int, int]] = []
+        self._tables: list[dict] = []
+        self._names: list[str] = []
+        self.values: list[Any] = []
+
+    def add(self, table: dict, name: str, value: Any) -> None:
+        self._tables.append(table)
+        self._names.append(name)
+        self.values.append(value)
+
+    def now(self) -> Iterator[Any]:
+        """What they hold; None for those that are gone."""
+        return map(dict.get, self._tables, self._names)
+
+
+class Watch:
+    """Whether all that a recording relies on is as it was: modules, hooks, weights, options.
+
+    A network's recording relies on thousands of entries of its modules' dictionaries, and every
+    call asks for all of them: side by side in lists, so that functions of the interpreter pass over
+    them.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._kinds: list[type] = []
+        self._training: list[bool] = []
+        self._members: list[tuple[dict, list[str]]] = []
+        self._scripted: list[tuple[nn.Module, list]] = []
+        self._hooks: list[dict] = []
+        self._same = _Entries()  # the very objects
+        self._equal = _Entries()
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._pointers: list[int] = []
         self._usable = True
 
     def __bool__(self) -> bool:
         """Whether nothing has changed."""
-        if not self._usable:
-            return False
-        for module, kind, training, members in self._modules:
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module.training is not training
-                or type(module) is not kind
-                or "forward" in module.__dict__
-                or (members and list(module._modules.items()) != members)
-            ):
-                return False
-        for table, name, value in self._attributes:
-            current = table.get(name)
-            if current is not value and current != value:
-                return False
-        for table, name, tensor, version, pointer in self._tensors:
-            if (
-                table.get(name) is not tensor
-                or tensor._version != version
-                or tensor.data_ptr() != pointer
-            ):
-                return False
-        return True
+        return (
+            self._usable
+            and not any(self._hooks)
+            and all(map(operator.is_, map(type, self._modules), self._kinds))
+            and list(map(_training, self._modules)) == self._training
+            and all(map(operator.is_, self._same.now(), self._same.values))
+            and all([list(table) == names for table, names in self._members])
+            and all([list(m._modules.items()) == members for m, members in self._scripted])
+            and list(self._equal.now()) == self._equal.values
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+        )
 
     def add(self, module: nn.Module) -> None:
         """A module that was looked into."""
-        members = list(module._modules.items())
-        self._modules.append((module, type(module), module.training, members))
+        self._modules.append(module)
+        self._kinds.append(type(module))
+        self._training.append(module.training)
+        table, members = vars(module), module._modules
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_modules"):
+            self._same.add(table, name, table.get(name))
+        self._same.add(table, "forward", None)
+        self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        if not isinstance(members, dict):
+            self._scripted.append((module, list(members.items())))
+        elif members:
+            self._members.append((members, list(members)))
+            for name, member in members.items():
+                self._same.add(members, name, member)
 
     def add_reads(self, module: nn.Module, reads: Sequence[tuple[tuple[str, str], Any]]) -> None:
         """Attributes that a forward read."""
         for (path, name), value in reads:
-            self._attributes.append((vars(module.get_submodule(path)), name, value))
+            self._equal.add(vars(module.get_submodule(path)), name, value)
 
     def add_layer(self, layer: nn.Module) -> None:
         """A convolution, its norm, and what was packed."""
@@ -258,18 +292,22 @@ class Watch:
             (layer, (*LAYER_ATTRIBUTES, "_frozen_sources")),
             (conv, CONV_ATTRIBUTES),
         ):
-            self._attributes += [(vars(holder), name, vars(holder)[name]) for name in names]
+            for name in names:
+                self._equal.add(vars(holder), name, vars(holder)[name])
         tables = [conv._parameters, layer._buffers]
         tables += [] if norm is None else [norm._parameters, norm._buffers]
-        found = [(t, name, tensor) for t in tables for name, tensor in t.items()]
-        given = [entry for entry in found if entry[2] is not None]
         self._usable &= not layer._checks_each_call and "weight" in conv._parameters
-        # Inference tensors have no version.
-        if any([tensor.is_inference() for _, _, tensor in given]):
-            self._usable = False
-            return
-        self._tensors += [(t, n, x, x._version, x.data_ptr()) for t, n, x in given]
-        self._attributes += [entry for entry in found if entry[2] is None]
+        for table in tables:
+            for name, tensor in table.items():
+                self._same.add(table, name, tensor)
+                # Inference tensors have no version.
+                self._usable &= tensor is None or not tensor.is_inference()
+        if self._usable:
+            # The others are read by the call, whatever they hold by then.
+            sources = layer._packing_sources()
+            self._tensors += sources
+            self._versions += map(_version, sources)
+            self._pointers += map(Tensor.data_ptr, sources)
 
 
 def kept(module: nn.Module, given: bool, record_now: Callable[[Watch], R]) -> R:
