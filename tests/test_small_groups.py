@@ -71,6 +71,27 @@ def test_forward_and_gradients(problem, layout, epilogue):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_bfloat16(problem, layout):
+    """Sums of small whole numbers are exact: results are rounded once."""
+    shape, out_channels, groups, kernel, stride, padding, dilation = problem
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    input = testing.integers(*shape, layout=layout, dtype=torch.bfloat16)
+    weight = testing.integers(out_channels, shape[1] // groups, *kernel, dtype=torch.bfloat16)
+    ours = [t.clone().requires_grad_() for t in (input, weight)]
+    exact = [t.double().requires_grad_() for t in (input, weight)]
+    settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    output = FF.conv2d(*ours, **settings, backend="cpu")
+    expected = F.conv2d(*exact, **settings)
+    grad = testing.integers(*output.shape, layout=layout, dtype=torch.bfloat16)
+    output.backward(grad)
+    expected.backward(grad.double())
+    assert torch.equal(output, expected.bfloat16())
+    for actual, wanted in zip(ours, exact, strict=True):
+        assert torch.equal(actual.grad, wanted.grad.bfloat16())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types(dtype, layout):
     input = testing.integers(2, 32, 9, 20, dtype=dtype, layout=layout)

@@ -1,6 +1,8 @@
 // Correlations of groups of few channels over NHWC images.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/conv_internal.h"
 #include "cpu/conv_stream.h"
 
@@ -24,25 +26,40 @@ FMK_INLINE VecF permute(VecF x, const int32_t* index) {
 }
 #endif
 
+// What a vector's permutation chooses from: a vector of numbers or, where words are pairs, as many
+// numbers in the lower lanes.
+template <class T>
+FMK_INLINE Vec<T> load_words_of_groups(const T* p) {
+#if FMK_BF16_DOT
+  if constexpr (Mac<T>::kPair == 2)
+    return {_mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(p)))};
+#endif
+  return load(p);
+}
+
 // NHWC: vectors hold channels, of several groups if need be. A block of kPixels neighbouring
-// outputs takes every input vector of a kernel row once, and from it, for each channel of a group,
-// the lanes that the outputs' lanes multiply.
+// outputs takes every input vector of a kernel row once, and from it, for each word of a group's
+// channels, the lanes that the outputs' lanes multiply.
 template <class T, bool kDepthwise>
 struct PixelRows {
   using V = Vec<T>;
   using A = Acc<T>;
+  using M = Mac<std::conditional_t<kDepthwise, A, T>>;
+  using Factor = typename M::Word;
   static constexpr int kPixels = 8, kFewPixels = 4;
   const Correlation<T>& p;
   int64_t channels, padded;  // of all groups
-  const A* weights;          // [tap_y][tap_x][channel of the group][padded]
+  int64_t group_words;       // of a group's channels
+  const Factor* weights;     // [tap_y][tap_x][word of the group][padded]
   Epilogue<T> epilogue;
   bool clamps;   // of it, no more than scale, shift and a clamp is there
   bool streams;  // the output leaves the caches anyway: it is written past them, not read first
-  int32_t lanes_of[kMaxGroupChannels][V::W];  // of a vector, for a channel of its groups
+  int32_t lanes_of[kMaxGroupChannels][V::W];  // of a vector, for a word of its groups
 
   explicit PixelRows(const Correlation<T>& problem) : p(problem) {
     channels = p.groups * p.channels;
     padded = ceil_div(channels, int64_t{V::W}) * V::W;
+    group_words = kDepthwise ? 1 : words_of<T>(p.channels);
     epilogue.out = p.output;
     epilogue.ld_out = epilogue.ld_residual = channels;
     epilogue.scale = p.scale;
@@ -53,7 +70,7 @@ struct PixelRows {
     clamps = p.activation <= Activation::kRelu6 && !p.residual && !p.preactivation;
     streams =
         !p.moments.wanted() && streamed(p.output, p.batch * p.y.out_size * p.x.out_size, channels);
-    weights = static_cast<const A*>(p.weight);
+    weights = static_cast<const Factor*>(p.weight);
     if constexpr (!kDepthwise) gather_weights();
   }
 
@@ -82,19 +99,20 @@ struct PixelRows {
   }
 
  private:
-  // From the packed weight, [group][tap][channel][W].
+  // From the packed weight, [group][tap][word][W].
   void gather_weights() {
-    const int64_t length = p.y.taps * p.x.taps * p.channels;
-    auto* to = static_cast<A*>(scratch_bytes(Scratch::kPanel, length * padded * sizeof(A)));
-    std::memset(static_cast<void*>(to), 0, length * padded * sizeof(A));
-    const auto* from = static_cast<const A*>(p.weight);
+    const int64_t length = p.y.taps * p.x.taps * group_words;
+    const int64_t bytes = length * padded * static_cast<int64_t>(sizeof(Factor));
+    auto* to = static_cast<Factor*>(scratch_bytes(Scratch::kPanel, bytes));
+    std::memset(static_cast<void*>(to), 0, bytes);
+    const auto* from = static_cast<const Factor*>(p.weight);
     for (int64_t group = 0; group < p.groups; ++group)
       for (int64_t i = 0; i < length; ++i, from += V::W)
         for (int64_t k = 0; k < p.channels; ++k) to[i * padded + group * p.channels + k] = from[k];
     weights = to;
-    for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t word = 0; word < group_words; ++word)
       for (int64_t lane = 0; lane < V::W; ++lane)
-        lanes_of[c][lane] = static_cast<int32_t>(lane / p.channels * p.channels + c);
+        lanes_of[word][lane] = static_cast<int32_t>(lane / p.channels * group_words + word);
   }
 
   template <int P, int kTaps, int kStride, bool kInside>
@@ -141,30 +159,30 @@ struct PixelRows {
   FMK_LAMBDA void multiply(const T* image, int64_t y, int64_t x, int64_t channel,
                            V (&sum)[P][1]) const {
     FMK_FOR (i, P) sum[i][0] = zero<V>();
-    const int64_t group_channels = kDepthwise ? 1 : p.channels, tap_step = group_channels * padded;
-    const A* weight = weights + channel;
+    const int64_t tap_step = group_words * padded;
+    const Factor* weight = weights + channel;
     const int64_t first = x * kStride + p.x.offset;
     for (int64_t ty = 0; ty < p.y.taps; ++ty, weight += kTaps * tap_step) {
       const int64_t in_y = p.y.position(y, ty);
       if (in_y < 0 || in_y >= p.y.in_size) continue;
       const T* row = image + (in_y * p.x.in_size + first) * channels;
-      for (int64_t c = 0; c < group_channels; ++c) {
-        const A* factors = weight + c * padded;
+      for (int64_t word = 0; word < group_words; ++word) {
+        const Factor* factors = weight + word * padded;
         const auto value_at = [&](int64_t column) FMK_LAMBDA {
-          const V value = pin(load(row + column * channels));
+          const T* from = row + column * channels;
           if constexpr (kDepthwise)
-            return value;
+            return pin(load(from));
           else
-            return permute(value, lanes_of[c]);
+            return permute(pin(load_words_of_groups(from)), lanes_of[word]);
         };
         V factor[kTaps];
-        FMK_FOR (tap, kTaps) factor[tap] = load(factors + tap * tap_step);
+        FMK_FOR (tap, kTaps) factor[tap] = M::load_words(factors + tap * tap_step);
         FMK_FOR (column, (P - 1) * kStride + kTaps) {
           if (!kInside && (first + column < 0 || first + column >= p.x.in_size)) continue;
           const V value = value_at(column);
           FMK_FOR (i, P) {
             const int tap = column - i * kStride;
-            if (tap >= 0 && tap < kTaps) sum[i][0] = fma(value, factor[tap], sum[i][0]);
+            if (tap >= 0 && tap < kTaps) sum[i][0] = M::mac(sum[i][0], value, factor[tap]);
           }
         }
       }

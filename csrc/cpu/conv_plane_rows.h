@@ -29,6 +29,13 @@ FMK_INLINE void deinterleave(VecF a, VecF b, VecF* even, VecF* odd) {
 }
 #endif
 
+// The i-th number of a word.
+FMK_INLINE float number_of(const float* word, int64_t) { return *word; }
+FMK_INLINE double number_of(const double* word, int64_t) { return *word; }
+FMK_INLINE float number_of(const Bf16Pair* word, int64_t i) {
+  return to_float(i == 0 ? word->low : word->high);
+}
+
 // NCHW: vectors hold neighbouring outputs of a row. The input rows under a row of outputs are kept
 // in a ring with their padding in place, cut into as many phases as the stride has, so that what a
 // tap adds to a vector of outputs is one vector.
@@ -133,15 +140,18 @@ struct PlaneRows {
   // Of a group, as [out channel][channel][tap_y][tap_x]; of channels that are computed together as
   // [channel][tap_y][tap_x][out channel].
   void gather_weights(int64_t group, A* to) const {
-    const auto* from = static_cast<const A*>(p.weight);
     const int64_t taps = p.y.taps * p.x.taps, length = taps * p.channels;
     if (depthwise) {
+      const auto* from = static_cast<const A*>(p.weight);
       const int64_t padded = ceil_div(p.groups, int64_t{V::W}) * V::W;
       for (int64_t tap = 0; tap < taps; ++tap) to[tap] = from[tap * padded + group];
       return;
     }
+    constexpr int kPair = Mac<T>::kPair;
+    const int64_t words = words_of<T>(p.channels);
     const auto split = panel_split<T>(p.groups, p.out_channels, p.channels, taps);
-    from += group * split.padded_columns() * length;
+    const auto* from =
+        static_cast<const Word<T>*>(p.weight) + group * split.padded_columns() * taps * words;
     for (int64_t panel = 0; panel < split.count; ++panel) {
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
       for (int64_t k = column; k < min_of(p.out_channels, column + width); ++k) {
@@ -150,7 +160,9 @@ struct PlaneRows {
         A* at = to + (alone ? k : k / kTogether * kTogether) * length + (alone ? 0 : k % kTogether);
         for (int64_t c = 0; c < p.channels; ++c)
           for (int64_t tap = 0; tap < taps; ++tap, at += step)
-            *at = from[column * length + (tap * p.channels + c) * width + k - column];
+            *at = number_of(
+                from + column * taps * words + (tap * words + c / kPair) * width + k - column,
+                c % kPair);
       }
     }
   }

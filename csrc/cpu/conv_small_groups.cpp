@@ -44,11 +44,10 @@ bool correlate_small_groups(const Correlation<T>& p, const Parallel& pool) {
   if (p.pool.kernel_h || p.place_y.step != 1 || p.place_x.step != 1 || p.x.stride > 2 ||
       p.y.taps == 0 || p.x.taps == 0 || p.x.offset > 0 || p.y.in_size == 0 || p.x.in_size == 0)
     return false;
-  // Pairs of numbers, of which other packed weights consist, would have to be taken apart.
-  if (!depthwise && Mac<T>::kPair != 1) return false;
   if (p.groups == 1) {
-    if (p.channels_last || p.channels > kMaxImageChannels || sizeof(Acc<T>) != sizeof(float) ||
-        p.out_channels < 8 || p.x.out_size < V::W)
+    // Dot products of pairs are faster.
+    if (Mac<T>::kPair != 1 || p.channels_last || p.channels > kMaxImageChannels ||
+        sizeof(Acc<T>) != sizeof(float) || p.out_channels < 8 || p.x.out_size < V::W)
       return false;
   } else if (p.channels > kMaxGroupChannels ||
              p.out_channels > min_of<int64_t>(kMaxGroupChannels, kPanelVecs * V::W)) {
@@ -89,7 +88,8 @@ bool correlate_small_groups(const Correlation<T>& p, const Parallel& pool) {
       if (p.x.taps == 7) return run_pixels<T, true, 7>(p, pool, threads), true;
     }
   } else if constexpr (kCommon) {
-    if (p.channels == p.out_channels && V::W % p.channels == 0 && p.x.taps == 3)
+    if (p.channels == p.out_channels && V::W % p.channels == 0 && p.channels % Mac<T>::kPair == 0 &&
+        p.x.taps == 3)
       return run_pixels<T, false, 3>(p, pool, threads), true;
   }
   return false;

@@ -13,7 +13,7 @@ namespace fmk::FMK_ISA {
 // that do not lie side by side (the gradient of a strided input); and in NHWC fewer channels than a
 // vector has, dilated rows, filters of other widths than 3, 5 and 7 (3 alone, if groups have
 // several channels), and groups whose inputs and outputs differ in number or do not divide a
-// vector.
+// vector; where words are pairs, one group, too.
 template <class T>
 bool correlate_small_groups(const Correlation<T>&, const Parallel&);
 
