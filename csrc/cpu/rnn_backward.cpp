@@ -59,6 +59,10 @@ void pack_weights(const RnnBackward& p, const BackwardWorkspace<T>& w, double fl
   });
 }
 
+// Rows after which the sums over rows and steps so far are added to the total: one chain over all
+// of them would carry a rounding error that grows with their number.
+constexpr int64_t kRowsPerSum = 64;
+
 // A direction of some rows, all steps, last first: as an item by itself, or as a member of a team
 // with a part of the units.
 template <class T>
@@ -104,11 +108,16 @@ class BackwardRun {
     Arena arena{static_cast<char*>(scratch_bytes(Scratch::kTile, sizes.used))};
     plan(arena);
     begin();
-    int64_t earlier_active = 0, earlier_time = 0;
+    int64_t earlier_active = 0, earlier_time = 0, summed = 0;
     for (int64_t step = p.shape.steps - 1; step >= 0; --step) {
       const int64_t t = d == 0 ? step : p.shape.steps - 1 - step, active = rows.active(t);
       if (earlier_active) through_recurrence(earlier_time, earlier_active);
       one_step(t, active);
+      summed += active;
+      if (summed >= kRowsPerSum || step == 0) {
+        add_recent_sums(team);
+        summed = 0;
+      }
       if (member_ == 0) clear_rest(t, active);
       if (team) team->barrier();  // the next step reads all of dG
       earlier_active = active;
@@ -124,7 +133,8 @@ class BackwardRun {
   const int64_t d;
   const ItemRows rows;
   const SumLayout layout_;
-  Acc<T>* sums_;
+  Acc<T>* sums_;         // over all rows and steps
+  Acc<T>* recent_sums_;  // over the last few
   const bool lstm_, variant_;
   // What a member computes: panels of the hidden state, and their units.
   int64_t panel0_ = 0, panel1_, unit0_ = 0, unit1_;
@@ -166,6 +176,7 @@ class BackwardRun {
     grad_cell_ = arena.take<Acc<T>>(lstm_ ? n * ld_h() : 0);
     first_cell_ = arena.take<Acc<T>>(lstm_ ? n * ld_h() : 0);
     operand_rows_ = arena.take<const Word<T>*>(n);
+    recent_sums_ = arena.take<Acc<T>>(layout_.size);
     if (!variant_) return;
     parameters_ = VariantParameters<T>::of(p.shape, p.weights[d], p.variant.layer_norm, arena);
     grad_gated_ = arena.take<Acc<T>>(projects() ? n * ld_h() : 0);
@@ -177,6 +188,7 @@ class BackwardRun {
 
   void begin() {
     const int64_t H = p.shape.hidden_size, P = p.shape.output_size;
+    for (int64_t i = 0; i < layout_.size; ++i) recent_sums_[i] = 0;
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = d * p.shape.batch + rows.index(i);
       widen_padded(static_cast<const T*>(p.grad_h_n) + row * P, P, ld_p(), Acc<T>(0),
@@ -200,6 +212,17 @@ class BackwardRun {
         store_cell_row<T>(grad_cell_ + i * ld_h() + unit0_, projects() ? H : count, p.wide_cell,
                           row * H + unit0_, p.grad_c0);
     }
+  }
+
+  // A member of a team adds those of its own units.
+  void add_recent_sums(const Team* team) {
+    const int64_t first = team ? unit0_ : 0;
+    const int64_t last = team ? min_of(layout_.ld, hidden_split.column(panel1_)) : layout_.ld;
+    for (int64_t row = 0; row < layout_.size; row += layout_.ld)
+      for (int64_t j = row + first; j < row + last; ++j) {
+        sums_[j] += recent_sums_[j];
+        recent_sums_[j] = 0;
+      }
   }
 
   // The product of operand_rows_ and packed panels [first, last), for rows [0, count).
@@ -281,7 +304,7 @@ class BackwardRun {
       g.grad_hidden = projects() ? grad_gated_ + i * ld_h() : grad_hidden_ + i * ld_p();
       g.gates = static_cast<const T*>(p.gates) + saved * 4 * H;
       g.grad_gates = gradient_row(w.grad_gates, t, i);
-      g.sums = sums_;
+      g.sums = recent_sums_;
       g.ld_sums = layout_.ld;
       if (unit1_ == P) clear_pads(g.grad_gates);
       if (lstm_) {
