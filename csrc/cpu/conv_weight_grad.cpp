@@ -4,8 +4,12 @@
 //
 // Blocks of output rows: the gradient's pixels are packed as panels of channels k, and the staged
 // input rows are read reduction-major, a row of the tile being one (tap, c). Every thread adds up
-// its share of the pixels in a buffer of its own; the buffers are added in a fixed order. 16-bit
-// types are widened to float.
+// its share of the pixels in a buffer of its own, and the buffers are added in a fixed order; or,
+// where pixels are few for the size of the result, its share of the result over all pixels.
+//
+// 16-bit types are widened to float, but for pairs of bf16: a word holds the same pixel of two
+// output rows, those of the first and the second half of a thread's rows, so that taps of any
+// alignment find their pairs side by side.
 
 #include "cpu/conv_internal.h"
 #include "cpu/conv_rows.h"
@@ -25,17 +29,19 @@ struct MacOfAcc<double> {
   using Type = MacF64;
 };
 
-template <class T>
+template <class T, class M>
 struct WeightGrad {
   using V = Vec<T>;
   using A = Acc<T>;
-  using M = typename MacOfAcc<A>::Type;
+  using D = typename M::Word;  // of staged rows and of panels
+  static constexpr int kPair = M::kPair;
   const WeightGradient<T>& p;
   bool depthwise;
   int64_t groups, channels, out_channels;  // depthwise counts as one group of all channels
   RowStage<T, A> stage;
   PanelSplit<V> split;  // of out_channels
-  int64_t rows, blocks, shards;
+  int64_t rows, block_rows;
+  int64_t shards, parts;   // of the pixels, and of the result's panels
   int64_t run_rows, runs;  // rows of the result per (kernel row, run): taps * channels of the
                            // taps that lie side by side in a staged row
   int64_t panel_rows;      // of the result: taps * channels
@@ -57,57 +63,115 @@ struct WeightGrad {
     const int64_t sums = groups * split.padded_columns();
     buffer = sums * panel_rows + sums;
     rows = p.batch * p.out_rows();
-    int64_t per_block = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, p.x.out_size));
-    per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, p.out_rows()));
-    blocks = ceil_div(rows, per_block);
     const double flops =
         2.0 * static_cast<double>(rows * p.x.out_size) * static_cast<double>(buffer);
-    shards = flops < kSerialFlops ? 1 : pool.threads;
+    const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
+    block_rows = max_of<int64_t>(1, kBlockPixels / max_of<int64_t>(1, p.x.out_size));
+    block_rows = min_of(block_rows, (kMaxPieces - 2) * max_of<int64_t>(1, p.out_rows()));
+    // A share of the result costs staging all pixels of all channels once more, a share of the
+    // pixels another buffer to clear and to add up.
+    const int64_t panels = groups * split.count;
+    const bool even = panels % threads == 0 || panels >= 4 * threads;
+    const bool few_pixels = rows * p.x.out_size < p.row_taps() * p.x.taps * out_channels;
+    parts = even && few_pixels && !depthwise ? threads : 1;
+    shards = parts > 1 ? 1 : threads;
     shards = min_of(shards, max_of<int64_t>(1, kMaxBufferBytes / (buffer * int64_t(sizeof(A)))));
-    shards = max_of<int64_t>(1, min_of(shards, blocks));
-    blocks = ceil_div(blocks, shards) * shards;
+    shards = max_of<int64_t>(1, min_of(shards, rows));
     buffers = static_cast<A*>(scratch_bytes(Scratch::kCall, shards * buffer * sizeof(A)));
   }
 
-  void run_shard(int64_t shard) const {
+  // Unit `unit` of shards * parts.
+  void run(int64_t unit) const {
+    const int64_t shard = unit / parts, part = unit % parts, panels = groups * split.count;
+    const int64_t panel0 = panels * part / parts, panel1 = panels * (part + 1) / parts;
     A* products = buffers + shard * buffer;
-    std::memset(static_cast<void*>(products), 0, buffer * sizeof(A));
-    for (int64_t block = blocks * shard / shards; block < blocks * (shard + 1) / shards; ++block)
-      run_block(rows * block / blocks, rows * (block + 1) / blocks, products,
-                products + buffer - groups * split.padded_columns());
+    A* sums = products + buffer - groups * split.padded_columns();
+    clear(products, sums, panel0, panel1);
+    const int64_t row0 = rows * shard / shards, row1 = rows * (shard + 1) / shards;
+    const int64_t word_rows = ceil_div(row1 - row0, kPair);
+    const int64_t blocks = ceil_div(word_rows, block_rows);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = word_rows * i / blocks, last = word_rows * (i + 1) / blocks;
+      Block<D> block;
+      block.rows = last - first;
+#if FMK_BF16_DOT
+      if constexpr (kPair == 2) {
+        const int64_t second = row0 + word_rows + first;
+        const RowPairs pairs{row0 + first, second, max_of<int64_t>(0, row1 - second)};
+        if (p.grad_weight) gather_pairs(pairs, &block);
+        run_block(
+            block,
+            [&](int64_t channel, int64_t columns, int64_t width) {
+              return pack_pairs(pairs, block.rows, channel, columns, width);
+            },
+            panel0, panel1, products, sums);
+        continue;
+      }
+#endif
+      if constexpr (kPair == 1) {
+        find_pieces(row0 + first, &block);
+        if (p.grad_weight) gather_rows(p.input, p.z, p.y, stage, false, block.rows, &block);
+        run_block(
+            block,
+            [&](int64_t channel, int64_t columns, int64_t width) {
+              return pack_grads(block, channel, columns, width);
+            },
+            panel0, panel1, products, sums);
+      }
+    }
   }
 
-  void run_block(int64_t row0, int64_t row1, A* products, A* sums) const {
-    if (row0 == row1) return;
-    Block<A> block;
-    for (int64_t row = row0; row < row1;) {
+  int64_t padded_column(int64_t panel) const {
+    return panel / split.count * split.padded_columns() + split.column(panel % split.count);
+  }
+  void clear(A* products, A* sums, int64_t panel0, int64_t panel1) const {
+    const int64_t end = groups * split.padded_columns();
+    const int64_t first = padded_column(panel0);
+    const int64_t last = panel1 == groups * split.count ? end : padded_column(panel1);
+    std::memset(static_cast<void*>(products + first * panel_rows), 0,
+                (last - first) * panel_rows * sizeof(A));
+    std::memset(static_cast<void*>(sums + first), 0, (last - first) * sizeof(A));
+  }
+
+  // Rows from `first` on as pieces, block->rows of them.
+  void find_pieces(int64_t first, Block<D>* block) const {
+    const int64_t last = first + block->rows;
+    int64_t found = 0;
+    for (int64_t row = first; row < last;) {
       Piece piece{};
       piece.image = row / p.out_rows();
       piece.begin = piece.out_begin = row - piece.image * p.out_rows();
-      piece.end = piece.out_end = min_of(p.out_rows(), piece.begin + row1 - row);
-      piece.first_row = block.rows;
-      block.rows += piece.end - piece.begin;
-      block.pieces[block.piece_count++] = piece;
+      piece.end = piece.out_end = min_of(p.out_rows(), piece.begin + last - row);
+      piece.first_row = found;
+      found += piece.end - piece.begin;
+      block->pieces[block->piece_count++] = piece;
       row += piece.end - piece.begin;
     }
-    if (p.grad_weight) gather_rows(p.input, p.z, p.y, stage, false, block.rows, &block);
-    for (int64_t index = 0; index < groups * split.count; ++index) {
+  }
+
+  template <class PackGrads>
+  void run_block(const Block<D>& block, const PackGrads& pack, int64_t panel0, int64_t panel1,
+                 A* products, A* sums) const {
+    for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
       const int64_t channel = group * out_channels + column;
-      const int64_t padded = group * split.padded_columns() + column;
-      const A* grads = pack_grads(block, channel, min_of(width, out_channels - column), width);
+      const int64_t padded = padded_column(index);
+      const D* grads = pack(channel, min_of(width, out_channels - column), width);
       add_sums(grads, block.rows * p.x.out_size, width, sums + padded);
       if (!p.grad_weight) continue;
-      if (depthwise)
-        multiply_channels(block, grads, column, width, products);
-      else
-        multiply(block, grads, group, panel, products + padded * panel_rows);
+      if constexpr (kPair == 1) {
+        if (depthwise) {
+          multiply_channels(block, grads, column, width, products);
+          continue;
+        }
+      }
+      multiply(block, grads, group, panel, products + padded * panel_rows);
     }
   }
 
   // The block's pixels of the gradient as a panel [pixels][width].
-  const A* pack_grads(const Block<A>& block, int64_t channel, int64_t columns,
+  const A* pack_grads(const Block<D>& block, int64_t channel, int64_t columns,
                       int64_t width) const {
     const int64_t total = groups * out_channels, image = p.out_rows() * p.x.out_size;
     if constexpr (sizeof(T) == sizeof(A)) {
@@ -135,6 +199,150 @@ struct WeightGrad {
     return panel;
   }
 
+#if FMK_BF16_DOT
+  // Word row i: the outputs' rows first + i and second + i, as many of the latter as there are.
+  struct RowPairs {
+    int64_t first, second, seconds;
+  };
+
+  // words[i] = (words[i], later[i]): two rows that were widened to float.
+  static void pair_up(Bf16Pair* words, const float* later, int64_t n) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    for (int64_t i = 0; i < n; i += V::W) {
+      const __mmask16 lanes = lanes16(static_cast<int>(min_of<int64_t>(V::W, n - i)));
+      const __m512i a = _mm512_maskz_loadu_epi32(lanes, words + i);
+      const __m512i b = _mm512_maskz_loadu_epi32(lanes, later + i);
+      _mm512_mask_storeu_epi32(
+          words + i, lanes, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, high)));
+    }
+  }
+  // words[i] = (a[i], b[i]); null: zeros.
+  static void pair_up(const bf16* a, const bf16* b, int64_t n, Bf16Pair* words) {
+    for (int64_t i = 0; i < n; i += V::W) {
+      const __mmask16 lanes = lanes16(static_cast<int>(min_of<int64_t>(V::W, n - i)));
+      const auto read = [&](const bf16* from) FMK_LAMBDA {
+        return from ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i))
+                    : _mm512_setzero_si512();
+      };
+      _mm512_mask_storeu_epi32(words + i, lanes,
+                               _mm512_or_si512(read(a), _mm512_slli_epi32(read(b), 16)));
+    }
+  }
+
+  // As gather_rows(), for the input rows under pairs of output rows.
+  void gather_pairs(const RowPairs& pairs, Block<D>* block) const {
+    const int64_t taps = p.row_taps(), table = block->rows * taps, words = stage.row_words();
+    auto* memory = static_cast<char*>(
+        scratch_bytes(Scratch::kExtra, (table + block->rows) * sizeof(void*) + words * sizeof(D)));
+    block->table = reinterpret_cast<const D**>(memory);
+    block->pointers = block->table + table;
+    auto* zeros = reinterpret_cast<D*>(block->pointers + block->rows);
+    std::memset(static_cast<void*>(zeros), 0, words * sizeof(D));
+    auto* staged = static_cast<D*>(scratch_bytes(Scratch::kRows, table * words * sizeof(D)));
+    auto* later = static_cast<float*>(scratch_bytes(Scratch::kTile, words * sizeof(float)));
+    struct Rows {
+      int64_t first, second;
+    };
+    auto* found = static_cast<Rows*>(scratch_bytes(Scratch::kAccumulator, table * sizeof(Rows)));
+    int64_t count = 0;
+    for (int64_t i = 0; i < block->rows; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const Rows rows{input_row_of(pairs.first + i, tap),
+                        i < pairs.seconds ? input_row_of(pairs.second + i, tap) : -1};
+        const D*& entry = block->table[i * taps + tap];
+        if (rows.first < 0 && rows.second < 0) {
+          entry = zeros;
+          continue;
+        }
+        // Taps of the rows before are where the same pair occurs.
+        int64_t at = count - 1;
+        const int64_t oldest = max_of<int64_t>(0, count - 4 * taps);
+        while (at >= oldest && (found[at].first != rows.first || found[at].second != rows.second))
+          --at;
+        if (at < oldest) {
+          at = count++;
+          found[at] = rows;
+          stage_pair(rows.first, rows.second, later, staged + at * words);
+        }
+        entry = staged + at * words;
+      }
+  }
+  // The input row, counted over all images, under a tap of an output row; -1: zeros.
+  int64_t input_row_of(int64_t row, int64_t tap) const {
+    const int64_t image = row / p.out_rows();
+    const int64_t at = input_row(p.z, p.y, p.padding, row - image * p.out_rows(), tap);
+    return at < 0 ? -1 : image * stage.height + at;
+  }
+  void stage_pair(int64_t first, int64_t second, float* later, D* to) const {
+    const auto stage_row = [&](int64_t row, float* at) {
+      if (row < 0) {
+        std::memset(at, 0, stage.row_words() * sizeof(float));
+        return;
+      }
+      const int64_t image = row / stage.height;
+      stage.run(p.input + image * stage.height * stage.width * groups * channels,
+                row - image * stage.height, at);
+    };
+    stage_row(first, reinterpret_cast<float*>(to));
+    stage_row(second, later);
+    pair_up(to, later, stage.row_words());
+  }
+
+  // As pack_grads(), for pairs of rows.
+  const D* pack_pairs(const RowPairs& pairs, int64_t word_rows, int64_t channel, int64_t columns,
+                      int64_t width) const {
+    const int64_t total = groups * out_channels, row_pixels = p.x.out_size;
+    const int64_t n = word_rows * row_pixels;
+    auto* panel = static_cast<D*>(scratch_bytes(Scratch::kPanel, n * width * sizeof(D)));
+    if (columns < width) std::memset(static_cast<void*>(panel), 0, n * width * sizeof(D));
+    if (p.channels_last) {
+      const auto pixel_of = [&](int64_t row) {
+        return p.grad + row * row_pixels * total + channel;
+      };
+      D* to = panel;
+      for (int64_t i = 0; i < word_rows; ++i) {
+        const bf16* first = pixel_of(pairs.first + i);
+        const bf16* second = i < pairs.seconds ? pixel_of(pairs.second + i) : nullptr;
+        for (int64_t x = 0; x < row_pixels; ++x, to += width)
+          pair_up(first + x * total, second ? second + x * total : nullptr, columns, to);
+      }
+      return panel;
+    }
+    // Pixels of the two halves of the rows, then their pairs.
+    auto* later = static_cast<float*>(scratch_bytes(Scratch::kTile, n * width * sizeof(float)));
+    std::memset(static_cast<void*>(later), 0, n * width * sizeof(float));
+    turn_planes(pairs.first, word_rows, channel, columns, reinterpret_cast<float*>(panel), width);
+    turn_planes(pairs.second, min_of(pairs.seconds, word_rows), channel, columns, later, width);
+    pair_up(panel, later, n * width);
+    return panel;
+  }
+  // Rows [row0, row0 + count) of planes of the gradient as pixels.
+  void turn_planes(int64_t row0, int64_t count, int64_t channel, int64_t columns, float* to,
+                   int64_t width) const {
+    const int64_t image_pixels = p.out_rows() * p.x.out_size, total = groups * out_channels;
+    for (int64_t row = row0; row < row0 + count;) {
+      const int64_t image = row / p.out_rows(), at = row - image * p.out_rows();
+      const int64_t n = min_of(p.out_rows() - at, row0 + count - row);
+      planes_to_pixels(p.grad + (image * total + channel) * image_pixels + at * p.x.out_size,
+                       image_pixels, n * p.x.out_size, columns, to, width);
+      to += n * p.x.out_size * width;
+      row += n;
+    }
+  }
+
+  static void add_sums(const Bf16Pair* grads, int64_t pixels, int64_t width, A* sums) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    for (int64_t j = 0; j < width; j += V::W) {
+      V first = zero<V>(), second = zero<V>();
+      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        const __m512i words = _mm512_loadu_si512(grads + pixel * width + j);
+        first = first + V{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+        second = second + V{_mm512_castsi512_ps(_mm512_and_si512(words, high))};
+      }
+      store(sums + j, load(sums + j) + (first + second));
+    }
+  }
+#endif
   static void add_sums(const A* grads, int64_t pixels, int64_t width, A* sums) {
     for (int64_t j = 0; j < width; j += V::W) {
       V even = zero<V>(), odd = zero<V>();
@@ -148,7 +356,7 @@ struct WeightGrad {
     }
   }
 
-  void multiply(const Block<A>& block, const A* grads, int64_t group, int64_t panel,
+  void multiply(const Block<D>& block, const D* grads, int64_t group, int64_t panel,
                 A* products) const {
     const int vecs = split.width_vecs(panel);
     const int64_t width = vecs * V::W;
@@ -175,7 +383,7 @@ struct WeightGrad {
   }
 
   // Depthwise: products[tap][channel] += input[pixel + tap][channel] * grad[pixel][channel].
-  void multiply_channels(const Block<A>& block, const A* grads, int64_t column, int64_t width,
+  void multiply_channels(const Block<D>& block, const A* grads, int64_t column, int64_t width,
                          A* products) const {
     constexpr int64_t kTaps = 4;  // taps of a kernel row that share the loads of the gradient
     const int64_t padded = split.padded_columns();
@@ -260,16 +468,29 @@ struct WeightGrad {
 
 }  // namespace
 
-template <class T>
-void weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
-  const WeightGrad<T> work(p, pool);
-  parallel_for(pool, work.shards, [&](int64_t shard) { work.run_shard(shard); });
+namespace {
+
+template <class T, class M>
+void run_weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
+  const WeightGrad<T, M> work(p, pool);
+  parallel_for(pool, work.shards * work.parts, [&](int64_t unit) { work.run(unit); });
   const int64_t units = work.groups * work.split.vecs;
   const int64_t shards = work.buffer < 16384 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit)
       work.finish(unit / work.split.vecs, unit % work.split.vecs);
   });
+}
+
+}  // namespace
+
+template <class T>
+void weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
+  if constexpr (Mac<T>::kPair == 2) {
+    const bool depthwise = p.channels == 1 && p.out_channels == 1 && p.groups > 1;
+    if (!depthwise) return run_weight_gradient<T, Mac<T>>(p, pool);
+  }
+  run_weight_gradient<T, typename MacOfAcc<Acc<T>>::Type>(p, pool);
 }
 
 template void weight_gradient(const WeightGradient<float>&, const Parallel&);
