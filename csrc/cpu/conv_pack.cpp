@@ -12,26 +12,90 @@ FMK_INLINE int64_t tap_row(const WeightView<T>& w, int64_t line) {
   return (w.z.first + tz * w.z.step) * w.kernel_h + w.y.first + ty * w.y.step;
 }
 
-// Sixteen columns of a forward weight, whose taps and input channels lie side by side: blocks are
-// turned in registers.
 #if defined(__AVX512F__)
-void pack_columns_f32(const float* src, int64_t column_stride, int64_t channels, int64_t taps,
-                      float* dst, int64_t width) {
-  const int64_t length = channels * taps;
-  alignas(64) float turned[16][16];
-  int64_t channel = 0, tap = 0, i = 0;
-  for (; i + 16 <= length; i += 16) {
-    transpose_16x16(src + i, column_stride, &turned[0][0], 16);
-    for (int j = 0; j < 16; ++j) {
-      store(dst + (tap * channels + channel) * width, load(turned[j]));
-      if (++tap == taps) tap = 0, ++channel;
+// Reduction channels times taps that are turned at a time: 16 KB, half of an L1 cache.
+constexpr int64_t kTurned = 256;
+
+// numbers[channel * taps + tap][16]: `valid` columns and `run` channels of a weight of `taps` taps
+// that lie side by side, widened; further columns are zero. Either a column's channels lie side by
+// side (a convolution's own weight) or a channel's columns do (its adjoint's).
+template <class T>
+FMK_NOINLINE void turn_columns(const WeightView<T>& w, const T* src, int64_t taps, int64_t run,
+                               int64_t valid, float (*numbers)[16]) {
+  if (w.reduction_stride == taps) {
+    alignas(64) float block[16][16];
+    const int64_t length = run * taps;
+    for (int64_t i = 0; i < length; i += 16) {
+      const int64_t n = min_of<int64_t>(16, length - i);
+      if (sizeof(T) == sizeof(float) && n == 16 && valid == 16) {
+        transpose_16x16(reinterpret_cast<const float*>(src + i), w.column_stride, numbers[i], 16);
+        continue;
+      }
+      std::memset(block, 0, sizeof block);
+      for (int64_t column = 0; column < valid; ++column)
+        convert(src + column * w.column_stride + i, block[column], n);
+      transpose_16x16(block[0], 16, numbers[i], 16);
+    }
+    return;
+  }
+  // Transposing reads sixteen numbers from any column's first one on.
+  alignas(64) float rows[16 * kTurned + 16];
+  for (int64_t channel = 0; channel < run; ++channel, src += w.reduction_stride) {
+    if (valid < 16) std::memset(rows, 0, 16 * taps * sizeof(float));
+    convert(src, rows, valid * taps);
+    if (taps == 1) {
+      store(numbers[channel], load(rows));
+      continue;
+    }
+    for (int64_t tap = 0; tap < taps; tap += 16)
+      transpose_16x16(rows + tap, taps, numbers[channel * taps + tap], 16);
+  }
+}
+
+// sixteen words from two rows of numbers; a type without pairs has no second one.
+FMK_INLINE void store_turned(VecF x, VecF, float* to) { store(to, x); }
+#if FMK_BF16_DOT
+FMK_INLINE void store_turned(VecF x, VecF y, Bf16Pair* to) {
+  const auto round = [](VecF v) FMK_LAMBDA {
+    alignas(32) bf16 rounded[16];
+    store(rounded, v);
+    return _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  };
+  _mm512_storeu_si512(to, _mm512_or_si512(round(x), _mm512_slli_epi32(round(y), 16)));
+}
+#endif
+
+// pack_vector() by blocks that are turned in registers; false, with nothing done, for very many
+// taps.
+template <class T>
+bool pack_turned(const WeightView<T>& w, const T* src, const Acc<T>* scale, int64_t valid,
+                 Word<T>* dst, int64_t width) {
+  constexpr int kPair = Mac<T>::kPair;
+  const int64_t taps = w.reduction_stride < w.column_stride ? w.reduction_stride : w.column_stride;
+  const int64_t words = words_of<T>(w.reduction);
+  const int64_t run = min_of<int64_t>(16, kTurned / max_of<int64_t>(1, taps)) / kPair * kPair;
+  if (run == 0) return false;
+  // The last block of taps is turned whole.
+  alignas(64) float numbers[kTurned + 16][16];
+  for (int64_t first = 0; first < w.reduction; first += run, src += run * w.reduction_stride) {
+    const int64_t channels = min_of(run, w.reduction - first);
+    turn_columns(w, src, taps, channels, valid, numbers);
+    for (int64_t channel = 0; channel < channels; channel += kPair) {
+      const bool both = kPair == 2 && channel + 1 < channels;
+      const VecF factor = splat(scale ? scale[first + channel] : 1.0f);
+      const VecF factor2 = splat(scale && both ? scale[first + channel + 1] : 1.0f);
+      Word<T>* to = dst + (first + channel) / kPair * width;
+      for (int64_t line = 0; line < w.z.count * w.y.count; ++line) {
+        const int64_t row = channel * taps + tap_row(w, line) * w.kernel_w + w.x.first;
+        for (int64_t tx = 0; tx < w.x.count; ++tx, to += words * width) {
+          const int64_t at = row + tx * w.x.step;
+          const VecF second = both ? load(numbers[at + taps]) * factor2 : zero<VecF>();
+          store_turned(load(numbers[at]) * factor, second, to);
+        }
+      }
     }
   }
-  for (; i < length; ++i) {
-    float* to = dst + (tap * channels + channel) * width;
-    for (int j = 0; j < 16; ++j) to[j] = src[j * column_stride + i];
-    if (++tap == taps) tap = 0, ++channel;
-  }
+  return true;
 }
 #endif
 
@@ -44,12 +108,9 @@ void pack_vector(const WeightView<T>& w, int64_t group, int64_t column, int64_t 
   const int64_t words = words_of<T>(w.reduction);
   const T* src = w.data + group * w.group_stride + column * w.column_stride;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const int64_t taps = w.taps();
-    const bool whole =
-        taps == w.reduction_stride && w.z.first == 0 && w.y.first == 0 && w.x.first == 0;
-    if (whole && valid == W && !w.reduction_scale)
-      return pack_columns_f32(src, w.column_stride, w.reduction, taps, dst, width);
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) {
+    const Acc<T>* scale = w.reduction_scale ? w.reduction_scale + group * w.reduction : nullptr;
+    if (pack_turned(w, src, scale, valid, dst, width)) return;
   }
 #endif
   for (int64_t word = 0; word < words; ++word) {
