@@ -10,7 +10,6 @@ namespace fmk {
 
 void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLargePage = 2 << 20;
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;

@@ -1,6 +1,6 @@
 // Packing of convolution weights for the correlation kernel.
 
-#include "cpu/conv_internal.h"
+#include "cpu/conv_turn.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -16,43 +16,7 @@ FMK_INLINE int64_t tap_row(const WeightView<T>& w, int64_t line) {
 // Reduction channels times taps that are turned at a time: 16 KB, half of an L1 cache.
 constexpr int64_t kTurned = 256;
 
-// numbers[channel * taps + tap][16]: `valid` columns and `run` channels of a weight of `taps` taps
-// that lie side by side, widened; further columns are zero. Either a column's channels lie side by
-// side (a convolution's own weight) or a channel's columns do (its adjoint's).
-template <class T>
-FMK_NOINLINE void turn_columns(const WeightView<T>& w, const T* src, int64_t taps, int64_t run,
-                               int64_t valid, float (*numbers)[16]) {
-  if (w.reduction_stride == taps) {
-    alignas(64) float block[16][16];
-    const int64_t length = run * taps;
-    for (int64_t i = 0; i < length; i += 16) {
-      const int64_t n = min_of<int64_t>(16, length - i);
-      if (sizeof(T) == sizeof(float) && n == 16 && valid == 16) {
-        transpose_16x16(reinterpret_cast<const float*>(src + i), w.column_stride, numbers[i], 16);
-        continue;
-      }
-      std::memset(block, 0, sizeof block);
-      for (int64_t column = 0; column < valid; ++column)
-        convert(src + column * w.column_stride + i, block[column], n);
-      transpose_16x16(block[0], 16, numbers[i], 16);
-    }
-    return;
-  }
-  // Transposing reads sixteen numbers from any column's first one on.
-  alignas(64) float rows[16 * kTurned + 16];
-  for (int64_t channel = 0; channel < run; ++channel, src += w.reduction_stride) {
-    if (valid < 16) std::memset(rows, 0, 16 * taps * sizeof(float));
-    convert(src, rows, valid * taps);
-    if (taps == 1) {
-      store(numbers[channel], load(rows));
-      continue;
-    }
-    for (int64_t tap = 0; tap < taps; tap += 16)
-      transpose_16x16(rows + tap, taps, numbers[channel * taps + tap], 16);
-  }
-}
-
-// sixteen words from two rows of numbers; a type without pairs has no second one.
+// Sixteen words from two rows of numbers; a type without pairs has no second one.
 FMK_INLINE void store_turned(VecF x, VecF, float* to) { store(to, x); }
 #if FMK_BF16_DOT
 FMK_INLINE void store_turned(VecF x, VecF y, Bf16Pair* to) {

@@ -25,7 +25,7 @@ FMK_INLINE bool winograd_pays(const ConvShape& s) {
   const int64_t pixels = s.batch * s.out_depth * s.out_height * s.out_width;
   return form && s.channels >= 32 && s.out_channels >= 32 && s.channels % 16 == 0 &&
          (s.kernel_d == 1 || s.kernel_d * s.channels <= kMaxReduction) &&
-         (pixels == 0 || pixels >= 256);
+         (pixels == 0 || pixels >= 128);
 }
 // The same for the gradient of the weight, whose result costs as many products as a few dozen
 // tiles.

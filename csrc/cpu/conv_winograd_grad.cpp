@@ -4,8 +4,9 @@
 //
 // with d a tile's input and g its 4x4 outputs' gradient; with several taps along the depth, d lies
 // in another plane for each. Per point the sum is a GEMM whose reduction runs over tiles: a fourth
-// of the multiplications of the direct sum. Every thread adds up its share of the tiles in a buffer
-// of its own; the buffers are added in a fixed order.
+// of the multiplications of the direct sum. Every thread computes its share of the result from all
+// tiles; or, where the result's panels do not come out even, adds up its share of the tiles in a
+// buffer of its own, and the buffers are added in a fixed order.
 
 #include <type_traits>
 
@@ -25,12 +26,14 @@ constexpr int64_t kBlockTiles = 64;
 // divide a vector, and there are enough of them to hide the latency of a multiply-add.
 constexpr int kRows = 4;
 
-// out[kRows][NV * W] += sum over tiles of a[tile * W][kRows] * b[tile][NV * W].
+// out[kRows][NV * W] = (or, unless `first`, +=) the sum over tiles of a[tile * W][kRows] *
+// b[tile][NV * W].
 template <int NV>
-FMK_NOINLINE void multiply_tiles(const float* a, const float* b, int64_t tiles, float* out) {
+FMK_NOINLINE void multiply_tiles(const float* a, const float* b, int64_t tiles, bool first,
+                                 float* out) {
   VecF acc[kRows][NV];
   FMK_FOR (i, kRows)
-    FMK_FOR (j, NV) acc[i][j] = load(out + (i * NV + j) * W);
+    FMK_FOR (j, NV) acc[i][j] = first ? zero<VecF>() : load(out + (i * NV + j) * W);
   for (int64_t tile = 0; tile < tiles; ++tile, a += W, b += NV * W) {
     VecF panel[NV];
     FMK_FOR (j, NV) panel[j] = pin(load(b + j * W));
@@ -105,16 +108,21 @@ class TileGradient {
     tile_columns_ = ceil_div(p.x.out_size, kTile);
     products_ = split_.padded_columns() * reduction_ * kPointCount;
     buffer_ = products_ + split_.padded_columns();
-    shards = min_of<int64_t>(pool.threads, tile_rows_);
+    // A share of the result costs transforming the input's tiles once more, a share of the tiles
+    // another buffer to add up.
+    const bool even = split_.count % pool.threads == 0 || split_.count >= 4 * pool.threads;
+    const bool many_columns = split_.padded_columns() >= 32 * (pool.threads - 1);
+    parts = even && many_columns ? pool.threads : 1;
+    shards = parts > 1 ? 1 : min_of<int64_t>(pool.threads, tile_rows_);
     buffers_ = static_cast<float*>(scratch_bytes(Scratch::kCall, shards * buffer_ * sizeof(float)));
   }
 
-  // The products of a share of the rows of tiles.
-  void run_shard(int64_t shard) const {
+  // The products of unit `unit` of shards * parts.
+  void run(int64_t unit) const {
     if (p_.channels_last)
-      accumulate<T>(shard);
+      accumulate<T>(unit / parts, unit % parts);
     else
-      accumulate<float>(shard);
+      accumulate<float>(unit / parts, unit % parts);
   }
 
   // Vectors of input channels of every tap along the depth x panels of output channels.
@@ -151,7 +159,7 @@ class TileGradient {
     }
   }
 
-  int64_t shards;
+  int64_t shards, parts;  // of the rows of tiles, and of the result's panels
 
  private:
   // A buffer is [panel][vector of channels][point][W][width], then the gradient's sums.
@@ -180,14 +188,20 @@ class TileGradient {
   }
 
   template <class S>
-  void accumulate(int64_t shard) const {
+  void accumulate(int64_t shard, int64_t part) const {
+    const int64_t panel0 = split_.count * part / parts, panel1 = split_.count * (part + 1) / parts;
+    const int64_t channel0 = split_.column(panel0);
+    const int64_t columns =
+        (panel1 == split_.count ? split_.padded_columns() : split_.column(panel1)) - channel0;
+    const int64_t channels = min_of(columns, p_.out_channels - channel0);
     float* products = buffers_ + shard * buffer_;
-    std::memset(products, 0, buffer_ * sizeof(float));
+    float* sums = products + products_ + channel0;
+    std::memset(sums, 0, columns * sizeof(float));
     const int64_t plane_rows = ceil_div(p_.y.out_size, kTile);
     const int64_t first = tile_rows_ * shard / shards, last = tile_rows_ * (shard + 1) / shards;
     // One more line per tile, as in the forward pass.
     const int64_t ld_input = reduction_ * kPointCount + 16;
-    const int64_t ld_grad = split_.padded_columns() * kPointCount + 16;
+    const int64_t ld_grad = columns * kPointCount + 16;
     auto* inputs =
         static_cast<float*>(scratch_bytes(Scratch::kRows, kBlockTiles * ld_input * sizeof(float)));
     auto* grads =
@@ -213,9 +227,11 @@ class TileGradient {
     input.clear_zeros();
     grad.clear_zeros();
     int64_t tiles = 0;
+    bool started = false;
     const auto flush = [&] {
-      multiply(inputs, ld_input, grads, ld_grad, tiles, products);
+      multiply(inputs, ld_input, grads, ld_grad, tiles, !started, panel0, panel1, products);
       tiles = 0;
+      started = true;
     };
     for (int64_t row = first; row < last; ++row) {
       const int64_t plane = row / plane_rows, y = row % plane_rows * kTile;
@@ -229,14 +245,13 @@ class TileGradient {
           const S* pixels[kTile * kTile];
           for (int x = 0; x < kTile; ++x)
             for (int i = 0; i < kTile; ++i)
-              pixels[x * kTile + i] = grad.at(y + i, column * kTile + x);
-          transform_gradient<F>(pixels, p_.out_channels, grads + tiles * ld_grad,
-                                products + products_);
+              pixels[x * kTile + i] = grad.at(y + i, column * kTile + x) + channel0;
+          transform_gradient<F>(pixels, channels, grads + tiles * ld_grad, sums);
         }
         if (tiles == kBlockTiles) flush();
       }
     }
-    flush();
+    if (tiles > 0) flush();
   }
   // Tiles [begin, end) of a row of tiles: the input under one tap along the depth.
   template <class S>
@@ -259,38 +274,44 @@ class TileGradient {
   }
 
   void multiply(const float* inputs, int64_t ld_input, const float* grads, int64_t ld_grad,
-                int64_t tiles, float* products) const {
+                int64_t tiles, bool first, int64_t panel0, int64_t panel1, float* products) const {
     // One point's numbers of all tiles, side by side: where the transforms leave them every line
     // lies in a page of its own, and each is read many times.
     alignas(64) float input[kBlockTiles * W], grad[kBlockTiles * kPanelVecs * W];
-    for (int64_t panel = 0; panel < split_.count; ++panel) {
+    const int64_t channel0 = split_.column(panel0), vecs_in = reduction_ / W;
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int vecs = split_.width_vecs(panel);
       const int64_t width = vecs * W;
       for (int point = 0; point < kPointCount; ++point) {
-        const float* b = grads + split_.column(panel) * kPointCount + point * W;
+        const float* b = grads + (split_.column(panel) - channel0) * kPointCount + point * W;
         for (int64_t tile = 0; tile < tiles; ++tile)
           for (int j = 0; j < vecs; ++j)
             store(grad + tile * width + j * W, load(b + tile * ld_grad + j * kPointCount * W));
-        for (int64_t vec = 0; vec < reduction_ / W; ++vec) {
+        for (int64_t vec = 0; vec < vecs_in; ++vec) {
           const float* a = inputs + (vec * kPointCount + point) * W;
+          float* out = products + block_offset(panel, vec) + point * W * width;
+          // The next vector's sums come from beyond L2, 36 blocks on.
+          const float* next = first || vec + 1 == vecs_in ? a : out + kPointCount * W * width;
+          const int64_t next_step = next == a ? 0 : vecs * W * W / kBlockTiles;
           for (int64_t tile = 0; tile < tiles; ++tile) {
             store(input + tile * W, load(a + tile * ld_input));
             __builtin_prefetch(a + tile * ld_input + kPointCount * W);  // the next vector
+            __builtin_prefetch(next + tile * next_step);
           }
-          float* out = products + block_offset(panel, vec) + point * W * width;
           for (int i = 0; i < W; i += kRows)
-            multiply_panel(vecs, input + i, grad, tiles, out + i * width);
+            multiply_panel(vecs, input + i, grad, tiles, first, out + i * width);
         }
       }
     }
   }
-  static void multiply_panel(int vecs, const float* a, const float* b, int64_t tiles, float* out) {
+  static void multiply_panel(int vecs, const float* a, const float* b, int64_t tiles, bool first,
+                             float* out) {
     switch (vecs) {
-      case 1: return multiply_tiles<1>(a, b, tiles, out);
-      case 2: return multiply_tiles<2>(a, b, tiles, out);
+      case 1: return multiply_tiles<1>(a, b, tiles, first, out);
+      case 2: return multiply_tiles<2>(a, b, tiles, first, out);
 #if defined(__AVX512F__)
-      case 3: return multiply_tiles<3>(a, b, tiles, out);
-      case 4: return multiply_tiles<4>(a, b, tiles, out);
+      case 3: return multiply_tiles<3>(a, b, tiles, first, out);
+      case 4: return multiply_tiles<4>(a, b, tiles, first, out);
 #endif
     }
   }
@@ -308,7 +329,7 @@ class TileGradient {
 template <class T>
 void winograd_weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
   const TileGradient<T> work(p, pool);
-  parallel_for(pool, work.shards, [&](int64_t shard) { work.run_shard(shard); });
+  parallel_for(pool, work.shards * work.parts, [&](int64_t unit) { work.run(unit); });
   work.finish_sums();
   if (!p.grad_weight) return;
   const int64_t blocks = work.result_blocks(), shards = min_of<int64_t>(pool.threads, blocks);

@@ -1,5 +1,6 @@
 // The transformed weights of Winograd F(4x4, 3x3).
 
+#include "cpu/conv_turn.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/winograd_transforms.h"
 
@@ -16,50 +17,19 @@ constexpr int kRun = 16;
 // One more line per plane of the buffer, for the same reason.
 constexpr int64_t kPlane = kRun * kPanelVecs * W + 16;
 
-// The taps of `run` channels and one vector of columns, `lanes` of which exist, from `src` on.
+// taps[channel * kTaps + tap]: of `run` channels and one vector of columns, `lanes` of which exist,
+// from `src` on.
 template <class T>
 void gather_taps(const WeightView<T>& w, const T* src, int64_t lanes, int run, float (*taps)[W]) {
 #if defined(__AVX512F__)
-  if (lanes == W && run == kRun && w.reduction_stride == kTaps) {
-    // A column's channels and taps are one run.
-    if constexpr (sizeof(T) == sizeof(float)) {
-      for (int i = 0; i < kTaps; ++i) transpose_16x16(src + i * W, w.column_stride, taps[i * W], W);
-    } else {
-      alignas(64) float block[W][W];
-      for (int i = 0; i < kTaps; ++i) {
-        for (int lane = 0; lane < W; ++lane)
-          store(block[lane], load(src + lane * w.column_stride + i * W));
-        transpose_16x16(block[0], W, taps[i * W], W);
-      }
-    }
-    return;
-  }
-  if (lanes == W && w.column_stride == kTaps) {
-    // A channel's columns and taps are one run.
-    alignas(64) float rows[W * kTaps + 16], turned[W][W];
-    for (int i = 0; i < run; ++i) {
-      convert(src + i * w.reduction_stride, rows, W * kTaps);
-      transpose_16x16(rows, kTaps, turned[0], W);
-      std::memcpy(taps[i * kTaps], turned, kTaps * sizeof turned[0]);
-    }
-    return;
-  }
-  if (lanes == W && run == kRun) {
-    constexpr int kRow = kRun * kTaps;
-    alignas(64) float block[W * kRow];
-    for (int lane = 0; lane < W; ++lane)
-      for (int i = 0; i < run; ++i)
-        convert(src + lane * w.column_stride + i * w.reduction_stride,
-                block + lane * kRow + i * kTaps, kTaps);
-    for (int i = 0; i < kTaps; ++i) transpose_16x16(block + i * W, kRow, taps[i * W], W);
-    return;
-  }
-#endif
+  turn_columns(w, src, kTaps, run, lanes, taps);
+#else
   std::memset(taps, 0, run * kTaps * sizeof taps[0]);
   for (int i = 0; i < run; ++i, src += w.reduction_stride)
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int tap = 0; tap < kTaps; ++tap)
         taps[i * kTaps + tap][lane] = static_cast<float>(widen(src[lane * w.column_stride + tap]));
+#endif
 }
 
 // The points of one channel, `ld` apart. tap[3 * y + x] is where tap (y, x) lies.
@@ -100,7 +70,8 @@ void pack_winograd_weight(const WeightView<T>& w, void* packed, const Parallel& 
   const int64_t units = split.count * runs, rows = w.z.count * w.reduction;
   const int64_t shards = w.columns * rows < 2048 ? 1 : min_of<int64_t>(pool.threads, units);
   parallel_for(pool, shards, [&](int64_t shard) {
-    alignas(64) float taps[kRun * kTaps][W];
+    // Turning takes whole blocks.
+    alignas(64) float taps[kRun * kTaps + W][W];
     auto* points =
         static_cast<float*>(scratch_bytes(Scratch::kTile, kPointCount * kPlane * sizeof(float)));
     for (int64_t unit = units * shard / shards; unit < units * (shard + 1) / shards; ++unit) {
