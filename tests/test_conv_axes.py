@@ -37,6 +37,7 @@ PROBLEMS = {
     "3d_mixed": ((2, 4, 6, 5, 9), 6, (2, 3, 1), (1, 2, 3), (1, 0, 2), (2, 1, 1), 2),
     "3d_depthwise": ((1, 17, 4, 6, 5), 17, (3, 3, 3), 1, 1, 1, 17),
     "3d_pointwise": ((2, 16, 3, 4, 5), 20, (1, 1, 1), 1, 0, 1, 1),
+    "3d_pointwise_in_padding": ((2, 16, 1, 5, 6), 20, (1, 1, 1), (3, 1, 1), (1, 0, 0), 1, 1),
     "3d_planar_kernel": ((1, 32, 4, 18, 18), 32, (1, 3, 3), 1, (0, 1, 1), 1, 1),
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())

@@ -31,10 +31,11 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   using A = Acc<T>;
   using Plan = CorrelationPlan<T, D, kDepthwise>;
   using Plan::output_epilogue, Plan::panel_epilogue, Plan::finish_rows;
-  using Plan::p, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place, Plan::direct,
-      Plan::finished, Plan::by_rows, Plan::streams, Plan::stage, Plan::pixel_words,
-      Plan::group_words, Plan::elements, Plan::element_taps, Plan::words, Plan::strip_tiles,
-      Plan::split, Plan::image_rows, Plan::blocks, Plan::panel_parts, Plan::shards;
+  using Plan::p, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place, Plan::dense,
+      Plan::direct, Plan::fetches_output, Plan::finished, Plan::by_rows, Plan::streams, Plan::stage,
+      Plan::pixel_words, Plan::group_words, Plan::elements, Plan::element_taps, Plan::words,
+      Plan::strip_tiles, Plan::split, Plan::image_rows, Plan::blocks, Plan::panel_parts,
+      Plan::shards;
   using Plan::Plan;
 
   void run(const Parallel& pool) const {
@@ -103,6 +104,13 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   void find_pointers(const Block<D>& block, int64_t group, int64_t pixel, int n, int64_t e0,
                      int64_t e1, int64_t word, const D** to) const {
     if (e0 == e1) return;
+    // Whole images follow one another, too.
+    const bool whole = p.y.in_size == p.y.out_size && p.pool.kernel_h == 0;
+    if (dense && (block.piece_count == 1 || whole)) {
+      const D* from = block.table[0] + pixel * pixel_words + group * group_words + word;
+      for (int i = 0; i < n; ++i) to[i] = from + i * pixel_words;
+      return;
+    }
     const int64_t taps = p.row_taps(), row_elements = p.x.taps / element_taps;
     const D* const* rows[kMaxTileRows];
     int64_t x[kMaxTileRows];
@@ -301,7 +309,7 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
 
   void finish_tile(int rows, int vecs, const TileOperands<Mac<T>>& in,
                    const Epilogue<T>& epilogue) const {
-    if (direct) prefetch_output(epilogue, rows);
+    if (fetches_output) prefetch_output(epilogue, rows);
     run_tile_with_epilogue<T, false>(rows, vecs, in, epilogue);
   }
 

@@ -14,6 +14,7 @@ constexpr int64_t kBlockPixels = 448;            // enough to use each weight in
 constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
 constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap are worth staging
 constexpr int64_t kStreamedNumbers = 8 << 20;    // an output that L3 does not hold
+constexpr int64_t kCachedNumbers = 96 << 10;     // an output that L2 may hold
 constexpr int64_t kFewestRowPixels = 6;          // of an output row, to be computed by rows
 constexpr int64_t kStripTiles = 8;               // tiles that the panels take turns with,
 constexpr int64_t kStripPointers = 3072;         // fewer if they have very many pointers
@@ -27,10 +28,12 @@ struct CorrelationPlan {
   // As computed: depthwise is one group of all channels.
   int64_t groups, channels, out_channels;
   bool in_place;  // the input is read where it lies
+  bool dense;     // a row's pixels, and one row's and the next's, are read side by side, one each
   bool direct;    // tiles store to the output
   bool finished;  // what tiles store has been through the whole epilogue
-  bool by_rows;   // tiles are pixels of one staged row, and panels stay in L1
-  bool streams;   // such tiles store past the caches
+  bool fetches_output;  // which is asked for some tiles ahead
+  bool by_rows;         // tiles are pixels of one staged row, and panels stay in L1
+  bool streams;         // such tiles store past the caches
   RowStage<T, D> stage;
   int64_t pixel_words, group_words;       // steps of the (staged) input
   int64_t elements, element_taps, words;  // the reduction: `elements` runs of `words` words, each
@@ -64,7 +67,12 @@ struct CorrelationPlan {
         1, min_of(kStripTiles, kStripPointers / max_of<int64_t>(1, elements * kMaxTileRows)));
     pixel_words = in_place ? groups * channel_words : channel_words;
     group_words = in_place ? channel_words : stage.group_words();
+    dense = in_place && elements == 1 && p.z.in_size == 1 && p.z.out_size == 1 && p.z.offset == 0 &&
+            p.y.stride == 1 && p.y.offset >= 0 && p.y.offset + p.y.out_size <= p.y.in_size &&
+            p.x.stride == 1 && p.x.offset == 0 && p.x.in_size == p.x.out_size;
     direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
+    fetches_output =
+        direct && p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kCachedNumbers;
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     by_rows = kFusedEpilogue<T> && joined && groups == 1 && split.width_vecs(0) <= kNarrowVecs &&
