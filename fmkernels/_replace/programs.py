@@ -225,8 +225,8 @@ class Watch:
     """Whether all that a recording relies on is as it was: modules, hooks, weights, options.
 
     A network's recording relies on thousands of entries of its modules' dictionaries, and every
-    call asks for all of them: side by side in lists, so that functions of the interpreter pass over
-    them.
+    call asks for all of them: side by side in lists, so that the interpreter's own functions pass
+    over them.
     """
 
     def __init__(self) -> None:
