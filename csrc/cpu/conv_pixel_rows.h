@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/conv_internal.h"
+#include "cpu/conv_plane_rows.h"
 #include "cpu/conv_stream.h"
 
 namespace fmk::FMK_ISA {
@@ -36,6 +37,59 @@ FMK_INLINE Vec<T> load_words_of_groups(const T* p) {
 #endif
   return load(p);
 }
+
+// As many neighbouring channels as a run of N vectors holds, in an order that is cheap to take
+// apart and to put together again: two vectors of bf16 are the even and the odd ones, which a shift
+// and a mask tell apart.
+template <class T, class V>
+FMK_INLINE void load_run(const T* p, V (&to)[1]) {
+  to[0] = pin(load(p));
+}
+template <class T, class V>
+FMK_INLINE void store_run(T* p, const V (&from)[1]) {
+  store(p, from[0]);
+}
+template <class V>
+FMK_INLINE void load_run_of_factors(const typename V::Elem* p, V (&to)[1]) {
+  to[0] = load(p);
+}
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kHasWideRuns = std::is_same_v<T, bf16>;
+FMK_INLINE void load_run(const bf16* p, VecF (&to)[2]) {
+  const __m512i pairs = (__m512i)pin(VecF{_mm512_loadu_ps(p)}).v;
+  to[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  to[1] = {_mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+FMK_INLINE void store_run(bf16* p, const VecF (&from)[2]) {
+#if FMK_BF16_DOT
+  const __m512i upper = _mm512_set1_epi32(16 << 16);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order =
+      _mm512_add_epi16(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)), upper);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, narrow_bf16(from[1], from[0])));
+#else
+  const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(from[0]));
+  const __m512i high = _mm512_cvtepu16_epi32(narrow_bf16(from[1]));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
+}
+// The even and the odd lanes of a run in the order of the channels.
+FMK_INLINE void interleave(VecF (&run)[2]) {
+  const __m512i step = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const VecF low{_mm512_permutex2var_ps(run[0].v, step, run[1].v)};
+  const __m512i upper = _mm512_add_epi32(step, _mm512_set1_epi32(8));
+  run[1] = {_mm512_permutex2var_ps(run[0].v, upper, run[1].v)};
+  run[0] = low;
+}
+FMK_INLINE void load_run_of_factors(const float* p, VecF (&to)[2]) {
+  deinterleave(load(p), load(p + VecF::W), &to[0], &to[1]);
+}
+#else
+template <class T>
+constexpr bool kHasWideRuns = false;
+#endif
 
 // NHWC: vectors hold channels, of several groups if need be. A block of kPixels neighbouring
 // outputs takes every input vector of a kernel row once, and from it, for each word of a group's
@@ -74,28 +128,14 @@ struct PixelRows {
     if constexpr (!kDepthwise) gather_weights();
   }
 
-  // `row` of all the images' output rows.
+  // Output rows [y0, y1) of an image, a strip of columns after the other: its rows stay in L1 until
+  // the last row of outputs has read them.
   template <int kTaps, int kStride>
-  void run(int64_t row) const {
-    const int64_t image = row / p.y.out_size, y = row % p.y.out_size, out = p.x.out_size;
-    const T* from = p.input + image * p.y.in_size * p.x.in_size * channels;
-    // The last block overlaps the one before.
-    if (out >= kPixels) {
-      for (int64_t i = 0; i < out; i += kPixels) {
-        const int64_t x = min_of(i, out - kPixels), first = x * kStride + p.x.offset;
-        if (first >= 0 && first + (kPixels - 1) * kStride + kTaps <= p.x.in_size)
-          block<kPixels, kTaps, kStride, true>(from, y, x, row * out + x);
-        else
-          block<kPixels, kTaps, kStride, false>(from, y, x, row * out + x);
-      }
-    } else if (out >= kFewPixels) {
-      for (int64_t i = 0; i < out; i += kFewPixels) {
-        const int64_t x = min_of(i, out - kFewPixels);
-        block<kFewPixels, kTaps, kStride, false>(from, y, x, row * out + x);
-      }
-    } else {
-      for (int64_t x = 0; x < out; ++x) block<1, kTaps, kStride, false>(from, y, x, row * out + x);
+  void run(int64_t image, int64_t y0, int64_t y1) const {
+    if constexpr (kDepthwise && kHasWideRuns<T>) {
+      if (channels >= 2 * V::W) return run_strips<2, kTaps, kStride>(image, y0, y1);
     }
+    run_strips<1, kTaps, kStride>(image, y0, y1);
   }
 
  private:
@@ -115,85 +155,129 @@ struct PixelRows {
         lanes_of[word][lane] = static_cast<int32_t>(lane / p.channels * group_words + word);
   }
 
-  template <int P, int kTaps, int kStride, bool kInside>
+  template <int N, int kTaps, int kStride>
+  void run_strips(int64_t image, int64_t y0, int64_t y1) const {
+    const int64_t out = p.x.out_size;
+    // What is left over at the end of a row is computed again.
+    const auto waste = [&](int64_t pixels) { return ceil_div(out, pixels) * pixels - out; };
+    if (kTaps == 3 && out >= kPixels - 1 && waste(kPixels - 1) < waste(kPixels))
+      strips<kTaps == 3 ? kPixels - 1 : kPixels, N, kTaps, kStride>(image, y0, y1);
+    else if (out >= kPixels)
+      strips<kPixels, N, kTaps, kStride>(image, y0, y1);
+    else if (out >= kFewPixels)
+      strips<kFewPixels, N, kTaps, kStride>(image, y0, y1);
+    else
+      strips<1, N, kTaps, kStride>(image, y0, y1);
+  }
+  template <int P, int N, int kTaps, int kStride>
+  void strips(int64_t image, int64_t y0, int64_t y1) const {
+    const int64_t out = p.x.out_size, row0 = image * p.y.out_size;
+    const T* from = p.input + image * p.y.in_size * p.x.in_size * channels;
+    for (int64_t i = 0; i < out; i += P) {
+      // The last strip overlaps the one before.
+      const int64_t x = min_of(i, out - P), first = x * kStride + p.x.offset;
+      const bool inside = first >= 0 && first + (P - 1) * kStride + kTaps <= p.x.in_size;
+      for (int64_t y = y0; y < y1; ++y) {
+        const int64_t pixel = (row0 + y) * out + x;
+        if (P >= kPixels - 1 && inside)
+          block<P, N, kTaps, kStride, P >= kPixels - 1>(from, y, x, pixel);
+        else
+          block<P, N, kTaps, kStride, false>(from, y, x, pixel);
+      }
+    }
+  }
+
+  template <int P, int N, int kTaps, int kStride, bool kInside>
   void block(const T* image, int64_t y, int64_t x, int64_t pixel) const {
-    for (int64_t i = 0; i < padded; i += V::W) {
-      // The last vector overlaps the one before.
-      const int64_t channel = min_of(i, channels - V::W);
+    constexpr int64_t kRun = N * V::W;
+    for (int64_t i = 0; i < channels; i += kRun) {
+      // The last run overlaps the one before.
+      const int64_t channel = min_of(i, channels - kRun);
       // A copy: what finish() refers to would not stay in registers.
-      V sum[P][1], done[P][1];
-      multiply<P, kTaps, kStride, kInside>(image + channel, y, x, channel, sum);
+      V sum[P][N], done[P][N];
+      multiply<P, N, kTaps, kStride, kInside>(image + channel, y, x, channel, sum);
       if (clamps) {
         clamp(sum, channel, pixel);
         continue;
       }
-      FMK_FOR (k, P) done[k][0] = sum[k][0];
-      finish(epilogue.at_panel(channel, V::W).at_row(pixel), done);
+      FMK_FOR (k, P)
+        FMK_FOR (n, N) done[k][n] = sum[k][n];
+      finish(epilogue.at_panel(channel, kRun).at_row(pixel), done);
     }
   }
   // The usual epilogue, whose few operations are cheaper than a call.
-  template <int P>
-  FMK_LAMBDA void clamp(const V (&sum)[P][1], int64_t channel, int64_t pixel) const {
+  template <int P, int N>
+  FMK_LAMBDA void clamp(const V (&sum)[P][N], int64_t channel, int64_t pixel) const {
     constexpr A kInfinity = static_cast<A>(__builtin_inf());
     const bool above = p.activation != Activation::kNone;
     const V low = splat(above ? A(0) : -kInfinity);
     const V high = splat(p.activation == Activation::kRelu6 ? A(6) : kInfinity);
-    const V scale = p.scale ? load(p.scale + channel) : splat_as<V>(1);
-    const V shift = p.shift ? load(p.shift + channel) : zero<V>();
+    V scale[N], shift[N];
+    FMK_FOR (n, N) scale[n] = splat_as<V>(1), shift[n] = zero<V>();
+    if (p.scale) load_run_of_factors(p.scale + channel, scale);
+    if (p.shift) load_run_of_factors(p.shift + channel, shift);
     T* to = p.output + pixel * channels + channel;
     FMK_FOR (k, P) {
-      const V z = min(high, max(low, fma(sum[k][0], scale, shift)));
-      if (streams)
-        stream(to + k * channels, z);
+      V z[N];
+      FMK_FOR (n, N) z[n] = min(high, max(low, fma(sum[k][n], scale[n], shift[n])));
+      if (N == 1 && streams)
+        stream(to + k * channels, z[0]);
       else
-        store(to + k * channels, z);
+        store_run(to + k * channels, z);
     }
   }
   // A function of its own: the epilogue is long, and there are many kinds of blocks.
-  template <int P>
-  FMK_NOINLINE void finish(const Epilogue<T>& epilogue, V (&sum)[P][1]) {
+  template <int P, int N>
+  FMK_NOINLINE void finish(const Epilogue<T>& epilogue, V (&sum)[P][N]) {
+    if constexpr (N == 2)
+      FMK_FOR (k, P) interleave(sum[k]);
     epilogue.run(sum);
   }
 
-  template <int P, int kTaps, int kStride, bool kInside>
+  template <int P, int N, int kTaps, int kStride, bool kInside>
   FMK_LAMBDA void multiply(const T* image, int64_t y, int64_t x, int64_t channel,
-                           V (&sum)[P][1]) const {
-    FMK_FOR (i, P) sum[i][0] = zero<V>();
-    const int64_t tap_step = group_words * padded;
+                           V (&sum)[P][N]) const {
+    FMK_FOR (i, P)
+      FMK_FOR (n, N) sum[i][n] = zero<V>();
+    // Known to the compiler, or it would load all values ahead of a loop over the words.
+    const int64_t words = kDepthwise ? 1 : group_words, tap_step = words * padded;
     const Factor* weight = weights + channel;
     const int64_t first = x * kStride + p.x.offset;
     for (int64_t ty = 0; ty < p.y.taps; ++ty, weight += kTaps * tap_step) {
       const int64_t in_y = p.y.position(y, ty);
       if (in_y < 0 || in_y >= p.y.in_size) continue;
       const T* row = image + (in_y * p.x.in_size + first) * channels;
-      for (int64_t word = 0; word < group_words; ++word) {
+      for (int64_t word = 0; word < words; ++word) {
         const Factor* factors = weight + word * padded;
-        const auto value_at = [&](int64_t column) FMK_LAMBDA {
-          const T* from = row + column * channels;
+        V factor[kTaps][N];
+        FMK_FOR (tap, kTaps) {
           if constexpr (kDepthwise)
-            return pin(load(from));
+            load_run_of_factors(factors + tap * tap_step, factor[tap]);
           else
-            return permute(pin(load_words_of_groups(from)), lanes_of[word]);
-        };
-        V factor[kTaps];
-        FMK_FOR (tap, kTaps) factor[tap] = M::load_words(factors + tap * tap_step);
+            factor[tap][0] = M::load_words(factors + tap * tap_step);
+        }
         FMK_FOR (column, (P - 1) * kStride + kTaps) {
           if (!kInside && (first + column < 0 || first + column >= p.x.in_size)) continue;
-          const V value = value_at(column);
+          V value[N];
+          if constexpr (kDepthwise)
+            load_run(row + column * channels, value);
+          else
+            value[0] = permute(pin(load_words_of_groups(row + column * channels)), lanes_of[word]);
           FMK_FOR (i, P) {
             const int tap = column - i * kStride;
-            if (tap >= 0 && tap < kTaps) sum[i][0] = M::mac(sum[i][0], value, factor[tap]);
+            if (tap >= 0 && tap < kTaps)
+              FMK_FOR (n, N) sum[i][n] = M::mac(sum[i][n], value[n], factor[tap][n]);
           }
         }
       }
     }
     if constexpr (kInside) {
-      // The next block's part of the rows that nothing has touched yet: many pixels by turns are no
-      // stream to the hardware.
+      // The strip's next rows, which nothing has touched yet: many pixels by turns are no stream to
+      // the hardware.
       FMK_FOR (i, kStride) {
-        const int64_t fresh = min_of(p.y.in_size - 1, p.y.position(y, p.y.taps - 1) - i);
-        const T* next = image + (fresh * p.x.in_size + first + P * kStride) * channels;
-        FMK_FOR (j, P * kStride) __builtin_prefetch(next + (j + kTaps - kStride) * channels);
+        const int64_t fresh = min_of(p.y.in_size - 1, p.y.position(y + 1, p.y.taps - 1) - i);
+        const T* next = image + (fresh * p.x.in_size + first) * channels;
+        FMK_FOR (j, (P - 1) * kStride + kTaps) __builtin_prefetch(next + j * channels);
       }
     }
   }

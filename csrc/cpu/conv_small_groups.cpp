@@ -9,27 +9,29 @@ namespace fmk::FMK_ISA {
 namespace {
 
 constexpr int64_t kMaxImageChannels = 4;   // of a first layer, which is a single group
-constexpr int64_t kMomentPixels = 64;      // gathered at a time
+constexpr int64_t kBandBytes = 512 << 10;  // of the input under a band of rows: half of L2
+constexpr int64_t kFewestBandRows = 4;
 constexpr double kSerialProducts = 2.5e5;  // about 20 us of one core, as for kSerialFlops
 
 template <class T, bool kDepthwise, int kTaps>
 void run_pixels(const Correlation<T>& p, const Parallel& pool, int64_t threads) {
   const PixelRows<T, kDepthwise> work(p);
-  const int64_t rows = p.batch * p.y.out_size, shards = min_of(threads, rows);
+  const int64_t height = p.y.out_size, rows = p.batch * height, shards = min_of(threads, rows);
+  const int64_t row_bytes =
+      p.x.in_size * p.x.stride * work.channels * static_cast<int64_t>(sizeof(T));
+  const int64_t band = max_of(kFewestBandRows, kBandBytes / max_of<int64_t>(1, row_bytes));
   parallel_for(pool, shards, [&](int64_t shard) {
     const int64_t end = rows * (shard + 1) / shards;
-    int64_t gathered = rows * shard / shards;  // rows before this are in the moments
-    for (int64_t row = gathered; row < end; ++row) {
+    for (int64_t row = rows * shard / shards, next; row < end; row = next) {
+      const int64_t image = row / height, first = row - image * height;
+      next = min_of(end, row + min_of(band, height - first));
       if (p.x.stride == 1)
-        work.template run<kTaps, 1>(row);
+        work.template run<kTaps, 1>(image, first, first + next - row);
       else
-        work.template run<kTaps, 2>(row);
-      const int64_t pixels = (row + 1 - gathered) * p.x.out_size;
-      if (p.moments.wanted() && (pixels >= kMomentPixels || row + 1 == end)) {
-        const int64_t first = gathered * p.x.out_size;
-        p.moments.add(shard, 0, first, first + pixels, 0, p.groups * p.out_channels);
-        gathered = row + 1;
-      }
+        work.template run<kTaps, 2>(image, first, first + next - row);
+      if (p.moments.wanted())
+        p.moments.add(shard, 0, row * p.x.out_size, next * p.x.out_size, 0,
+                      p.groups * p.out_channels);
     }
     if (work.streams) stream_end();
   });
