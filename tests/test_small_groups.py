@@ -91,6 +91,29 @@ def test_bfloat16(problem, layout):
         assert torch.equal(actual.grad, wanted.grad.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
+@pytest.mark.parametrize("activation", [None, "relu6", "gelu"])
+@pytest.mark.parametrize("channels", [32, 40, 64])
+def test_depthwise_epilogue(channels, activation, dtype):
+    """Every part of it, over runs of channels that overlap and that do not."""
+    input = testing.normal(2, channels, 7, 11, dtype=dtype, layout="channels_last")
+    weight = testing.normal(channels, 1, 3, 3, dtype=dtype)
+    scale, shift = (testing.normal(channels, 1, dtype=dtype).flatten() for _ in range(2))
+    residual = testing.normal(2, channels, 7, 11, dtype=dtype, layout="channels_last")
+    extra = {"scale": scale, "shift": shift, "activation": activation}
+    exact = F.conv2d(input.double(), weight.double(), padding=1, groups=channels)
+    exact = exact * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
+    for more in (None, residual):
+        output = FF.conv2d(
+            input, weight, padding=1, groups=channels, residual=more, **extra, backend="cpu"
+        )
+        total = exact if more is None else exact + more.double()
+        expected = testing.torch_activation(activation, total)
+        assert (
+            testing.max_error(output, expected) <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+        )
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types(dtype, layout):
