@@ -92,6 +92,25 @@ def test_bfloat16(problem, layout):
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(5, 7), (9, 8), (3, 1), (20, 30), (11, 28)], ids=str)
+def test_depthwise_gradients(size, stride, dtype):
+    """Strips of columns that come out even and that do not, whole runs of channels and a rest."""
+    input = testing.integers(2, 48, *size, dtype=dtype, layout="channels_last")
+    weight = testing.integers(48, 1, 3, 3, dtype=dtype)
+    bias = testing.integers(48, 1, dtype=dtype).flatten()
+    ours = [t.clone().requires_grad_() for t in (input, weight, bias)]
+    exact = [t.double().requires_grad_() for t in (input, weight, bias)]
+    settings = {"stride": stride, "padding": 1, "groups": 48}
+    output = FF.conv2d(*ours, **settings, backend="cpu")
+    grad = testing.integers(*output.shape, dtype=dtype, layout="channels_last")
+    output.backward(grad)
+    F.conv2d(*exact, **settings).backward(grad.double())
+    for actual, wanted in zip(ours, exact, strict=True):
+        assert torch.equal(actual.grad, wanted.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
 @pytest.mark.parametrize("activation", [None, "relu6", "gelu"])
 @pytest.mark.parametrize("channels", [32, 40, 64])
 def test_depthwise_epilogue(channels, activation, dtype):

@@ -13,6 +13,7 @@
 
 #include "cpu/conv_internal.h"
 #include "cpu/conv_rows.h"
+#include "cpu/conv_weight_grad_depthwise.h"
 
 namespace fmk::FMK_ISA {
 namespace {
@@ -486,6 +487,9 @@ void run_weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
 
 template <class T>
 void weight_gradient(const WeightGradient<T>& p, const Parallel& pool) {
+  if constexpr (sizeof(T) <= 4) {
+    if (depthwise_weight_gradient(p, pool)) return;
+  }
   if constexpr (Mac<T>::kPair == 2) {
     const bool depthwise = p.channels == 1 && p.out_channels == 1 && p.groups > 1;
     if (!depthwise) return run_weight_gradient<T, Mac<T>>(p, pool);
