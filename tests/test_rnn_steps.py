@@ -111,3 +111,19 @@ def test_threads_that_share_units_agree_with_one(kind, batch, with_lengths, use_
 
     for one, two in zip(gradients(1), gradients(2), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bias_gradients_of_many_rows(kind):
+    """16384 summands of one sign: in one chain of float32 sums they would be off by some 1e-5."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind](8, 16).float()
+    ours = getattr(fnn, kind.upper()).from_torch(layer)
+    x = testing.normal(512, 32, 8, dtype=torch.float32, std=0.1)
+    exact = LAYERS[kind](8, 16).double()
+    exact.load_state_dict(layer.state_dict())
+    for module, values in ((ours, x), (exact, x.double())):
+        module(values)[0].sum().backward()
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        actual, wanted = getattr(ours, name).grad, getattr(exact, name).grad
+        assert (actual - wanted).abs().max() <= 2e-6 * wanted.abs().max()
