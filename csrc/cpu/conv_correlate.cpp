@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/conv_by_rows.h"
+#include "cpu/conv_dense.h"
 #include "cpu/conv_plan.h"
 #include "cpu/conv_small_groups.h"
 
@@ -410,6 +411,7 @@ void correlate(const Correlation<T>& p, const Parallel& pool) {
   if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
   const bool planar = p.z.in_size == 1 && p.z.taps == 1 && p.in_order() && !p.turns;
   if (planar && p.padding == PaddingMode::kZeros && correlate_small_groups(p, pool)) return;
+  if (correlate_dense(p, pool)) return;
   if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
     run<T, Acc<T>, true>(p, pool);
   else
