@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/conv_depthwise_adjoint.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/reduce.h"
 
@@ -131,6 +132,9 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
       c.weight = packed;
       return correlate_winograd(c, pool);
     }
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (depthwise_adjoint(s, view, grad, c.output, pool)) return;
   }
   const size_t bytes = packed_adjoint_bytes<T>(s);
   void* packed = bytes ? scratch_bytes(Scratch::kCall, bytes) : nullptr;
