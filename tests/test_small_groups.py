@@ -92,16 +92,16 @@ def test_bfloat16(problem, layout):
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(5, 7), (9, 8), (3, 1), (20, 30), (11, 28)], ids=str)
-def test_depthwise_gradients(size, stride, dtype):
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize("size", [(5, 7), (9, 8), (3, 3), (20, 30), (11, 28)], ids=str)
+def test_depthwise_gradients(size, stride, padding, dtype):
     """Strips of columns that come out even and that do not, whole runs of channels and a rest."""
     input = testing.integers(2, 48, *size, dtype=dtype, layout="channels_last")
     weight = testing.integers(48, 1, 3, 3, dtype=dtype)
     bias = testing.integers(48, 1, dtype=dtype).flatten()
     ours = [t.clone().requires_grad_() for t in (input, weight, bias)]
     exact = [t.double().requires_grad_() for t in (input, weight, bias)]
-    settings = {"stride": stride, "padding": 1, "groups": 48}
+    settings = {"stride": stride, "padding": padding, "groups": 48}
     output = FF.conv2d(*ours, **settings, backend="cpu")
     grad = testing.integers(*output.shape, dtype=dtype, layout="channels_last")
     output.backward(grad)
