@@ -13,7 +13,8 @@ constexpr int64_t kFewQueries = 8;
 constexpr int64_t kKeyBlock = 1056;
 // Values are read column panel by column panel within so many rows.
 constexpr int64_t kValueRows = 24;
-// How far ahead of the loads to prefetch, along the rows.
+// How far ahead of the loads to prefetch, along the rows: into L2, which has more reads from memory
+// under way than L1.
 constexpr int64_t kPrefetchBytes = 8192;
 
 constexpr int kKeysPerTile = 4;
@@ -87,7 +88,7 @@ FMK_NOINLINE void score_keys(const T* keys, int64_t stride, int64_t count, int64
       }
     };
     for (; column + V::W <= width; column += V::W) {
-      FMK_FOR (i, kKeysPerTile) __builtin_prefetch(row[i] + column + ahead);
+      FMK_FOR (i, kKeysPerTile) __builtin_prefetch(row[i] + column + ahead, 0, 2);
       step([](const T* p) FMK_LAMBDA { return load(p); });
     }
     const int left = static_cast<int>(width - column);
@@ -110,7 +111,7 @@ FMK_NOINLINE void add_values(const Acc<T>* probs, int64_t lanes, const T* values
     V value[NV];
     FMK_FOR (j, NV) {
       const T* from = values + j * V::W;
-      __builtin_prefetch(from + ahead);
+      __builtin_prefetch(from + ahead, 0, 2);
       value[j] = pin(j + 1 < NV || last == V::W ? load(from) : load(from, last));
     }
     FMK_FOR (q, NQ) {
