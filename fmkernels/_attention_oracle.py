@@ -45,9 +45,15 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     i = torch.arange(query.size(2))[:, None] + first_position
     j = torch.arange(key.size(2))
-    if alibi_slopes is not None:
+    # What is the same for all keys of a query does not change its weights. Were it in the scores,
+    # the gradient of the slopes would be a sum of large numbers that cancel out.
+    common = torch.zeros((), dtype=wide)
+    if alibi_slopes is not None and key.size(2) > 0:
         slopes = alibi_slopes.to(wide).reshape(-1, heads, 1, 1)
-        scores = scores - slopes * (i - j).abs()
+        distance = (i - j).abs()
+        nearest = distance.amin(-1, keepdim=True)
+        scores = scores - slopes * (distance - nearest)
+        common = -slopes * nearest
     visible = torch.ones(1, 1, query.size(2), key.size(2), dtype=torch.bool)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
@@ -67,7 +73,7 @@ def attend(
     scores = torch.where(visible, scores, torch.full_like(scores, -1e30))
     logits = scores
     if sinks is not None:
-        column = sinks.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
+        column = (sinks.to(wide)[:, None, None] - common).expand(*scores.shape[:-1], 1)
         logits = torch.cat([scores, column], dim=-1)
     lse = logits.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp() * visible
@@ -77,7 +83,7 @@ def attend(
     if wide != dtype:
         rounding = output.to(wide) - weights.to(wide) @ values.to(wide)
         output = output - (rounding.detach() * (lse - lse.detach()).unsqueeze(-1)).to(dtype)
-    return (output, lse) if return_lse else output
+    return (output, lse + common.squeeze(-1) if common.dim() else lse) if return_lse else output
 
 
 def dropout_factors(seed, dropout_p, shape):

@@ -215,12 +215,24 @@ def sdpa_backward(
     if need_mask:
         mask = options.attn_mask
         grads[3] = grad_scores.sum_to_size(mask.shape).to(mask.dtype)
+    correction = correction.squeeze(-1)
+    sink_weights = None
+    if options.sinks is not None:
+        sink_weights = (options.sinks[:, None] - normaliser.squeeze(-1)).exp()
     if need_slopes:
         distances = (geometry.query - geometry.key).abs()
-        grads[4] = _slopes_gradient(-(grad_scores * distances).sum(dim=-1), options, geometry)
+        nearest = distances.amin(dim=-1) if key.size(2) else distances.new_zeros(())
+        by_row = (grad_scores * (distances - nearest.unsqueeze(-1))).sum(dim=-1)
+        # The rest is the nearest key's distance times a sum that is known without adding up
+        # numbers that cancel out.
+        total = torch.zeros((), dtype=dtype, device=query.device)
+        if grad_lse is not None:
+            total = total + grad_lse.to(dtype).masked_fill(empty, 0.0)
+        if sink_weights is not None:
+            total = total + sink_weights * correction
+        grads[4] = _slopes_gradient(-(by_row + nearest * total), options, geometry)
     if need_sinks:
-        share = (options.sinks[:, None] - normaliser.squeeze(-1)).exp()
-        grads[5] = -(share * correction.squeeze(-1)).sum(dim=(0, 2))
+        grads[5] = -(sink_weights * correction).sum(dim=(0, 2))
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
