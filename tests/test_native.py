@@ -95,10 +95,12 @@ class TestIsa:
 @needs_native
 class TestPeak:
     @pytest.mark.parametrize("dtype", ["f32", "f64"])
-    def test_wider_vectors_do_more(self, dtype):
-        peaks = [_native.lab().peak_gflops(dtype, 0.02, isa) for isa in supported_isas()[:3]]
-        assert peaks == sorted(peaks)
-        assert peaks[0] > 0
+    def test_vectors_do_more(self, dtype):
+        """The widest need not do the most: some processors take 512 bits as two halves."""
+        isas = supported_isas()[:3]
+        scalar, *vectors = (_native.lab().peak_gflops(dtype, 0.02, isa) for isa in isas)
+        assert scalar > 0
+        assert all(peak > scalar for peak in vectors)
 
     def test_bf16_only_where_there_is_an_instruction(self):
         lab = _native.lab()
