@@ -196,3 +196,12 @@ def emulated_ops() -> Path:
 def emulated_cuda(emulated_ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are served by the backend "cuda", whose kernels run in the emulator."""
     monkeypatch.setattr("fmkernels.ops._cuda_support.EMULATED", True)
+
+
+@pytest.fixture(params=[1, 2, 3, 5])
+def threads(request):
+    """A number of threads that PyTorch and the kernels use during the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

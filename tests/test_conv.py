@@ -683,3 +683,29 @@ def test_output_may_be_overwritten_in_place(backend):
     output += 1
     output.sum().backward()
     assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
+@pytest.mark.parametrize("channels", [(40, 36), (48, 112), (33, 20)], ids=str)
+def test_many_dense_pixels(backend, channels, dtype, activation):
+    """1x1 over whole channels_last images is a product of matrices, with all that follows."""
+    inputs, outputs = channels
+    arguments = {
+        "input": testing.normal(2, inputs, 27, 29, dtype=dtype, layout="channels_last"),
+        "weight": testing.normal(outputs, inputs, 1, 1, dtype=dtype, std=inputs**-0.5),
+        "bias": testing.normal(outputs, dtype=dtype),
+        "residual": testing.normal(2, outputs, 27, 29, dtype=dtype, layout="channels_last"),
+    }
+
+    def ours(input, weight, bias, residual):
+        return FF.conv2d(
+            input, weight, bias, residual=residual, activation=activation, backend=backend
+        )
+
+    def theirs(input, weight, bias, residual):
+        return testing.torch_activation(activation, F.conv2d(input, weight, bias) + residual)
+
+    # A rounding may cross relu's corner, and moves a gradient then: its forward is compared alone.
+    layout = None if activation == "relu" else "contiguous"
+    testing.compare(ours, theirs, arguments, grad_layout=layout)

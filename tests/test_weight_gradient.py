@@ -19,14 +19,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.fixture(params=[1, 2, 3, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def gradients(convolve, input, weight, bias, grad):
     """Of weight and bias."""
     weight, bias = (t.detach().clone().requires_grad_() for t in (weight, bias))

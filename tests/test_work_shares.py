@@ -26,14 +26,6 @@ def busy_core():
     process.join()
 
 
-@pytest.fixture(params=[1, 2, 3, 5])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def _linear(rows, features):
     x, weight = torch.randn(rows, features), torch.randn(features, features)
     return lambda: F.linear(x, weight)
