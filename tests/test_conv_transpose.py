@@ -33,6 +33,8 @@ PROBLEMS = {
     "3x3": ((2, 5, 6, 7), 6, (3, 3), 1, 1, 0, 1, 1),
     "3x3_wide": ((2, 32, 14, 13), 32, (3, 3), 1, 1, 0, 1, 1),
     "strided": ((2, 6, 5, 7), 9, (4, 3), 2, 1, (0, 1), 1, 1),
+    "taps_per_residue": ((2, 20, 5, 9), 7, (3, 4), (1, 2), (1, 3), 0, 2, 1),
+    "taps_per_residue_odd": ((2, 6, 4, 17), 70, (6, 6), 3, (1, 2), (0, 1), 1, 1),
     "output_padding": ((1, 4, 5, 5), 6, (3, 3), 3, 1, 2, 1, 1),
     "no_padding_but_output_padding": ((1, 4, 5, 5), 6, (3, 3), 2, 0, 1, 1, 1),
     "dilated": ((1, 4, 6, 5), 6, (3, 2), (1, 2), (2, 1), 0, 1, (2, 3)),
@@ -98,7 +100,7 @@ def test_matches_torch(problem, channels_last, dtype, backend):
 
 @pytest.mark.parametrize("pool", [None, ("max", 2, 2, 0), ("avg", 3, 2, 1)])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("name", ["unet", "strided", "3x3"])
+@pytest.mark.parametrize("name", ["unet", "strided", "taps_per_residue_odd", "3x3"])
 @layouts
 def test_epilogue(name, activation, pool, channels_last, backend):
     problem = PROBLEMS[name]

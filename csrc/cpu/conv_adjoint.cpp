@@ -60,6 +60,15 @@ struct AdjointAxes {
   }
 };
 
+// Whether the residues of x are computed by turns, block by block, so that rows are written in
+// order: all have as many taps then, and their packed weights the same size.
+template <class T>
+bool residues_take_turns(const ConvShape& s, const Correlation<T>& c) {
+  const bool depthwise = c.channels == 1 && c.out_channels == 1 && c.groups > 1;
+  return s.stride_w > 1 && s.dilation_w == 1 && s.kernel_w % s.stride_w == 0 && !s.channels_last &&
+         !depthwise;
+}
+
 // So many residues are packed ahead; with more, each is packed when it is needed.
 constexpr int64_t kMaxResidues = 64;
 
@@ -128,13 +137,16 @@ void correlate_adjoint(const ConvShape& s, const WeightView<T>& view, const void
   c.groups = s.groups;
   c.channels = s.out_channels / s.groups;
   c.out_channels = s.channels / s.groups;
+  const bool turns = residues(s) > 0 && residues_take_turns(s, c);
+  const int64_t starts = turns ? 1 : s.stride_w;
   for (int64_t z0 = z.begin; z0 < min_of(z.end, z.begin + s.stride_d); ++z0)
     for (int64_t y0 = y.begin; y0 < min_of(y.end, y.begin + s.stride_h); ++y0)
-      for (int64_t x0 = x.begin; x0 < min_of(x.end, x.begin + s.stride_w); ++x0) {
+      for (int64_t x0 = x.begin; x0 < min_of(x.end, x.begin + starts); ++x0) {
         const int64_t rz = axes.z.residue(z0), ry = axes.y.residue(y0), rx = axes.x.residue(x0);
         const WeightView<T> part = axes.view_of(view, rz, ry, rx);
+        if (turns) c.residues = {s.stride_w, rx, part_bytes(part)};
         if (residues(s)) {
-          c.weight = static_cast<const char*>(packed) + offsets[axes.index(rz, ry, rx)];
+          c.weight = static_cast<const char*>(packed) + offsets[axes.index(rz, ry, turns ? 0 : rx)];
         } else {
           void* here = scratch_bytes(Scratch::kCall, part_bytes(part));
           pack_correlation_weight(part, here, pool);

@@ -22,7 +22,7 @@ struct RowMultiplier {
       }
       const int64_t column = plan.split.column(panel), width = plan.split.width_vecs(panel) * V::W;
       multiply(block, panel, 0, block.rows,
-               plan.panel_epilogue(0, column, width, first_pixel, nullptr), nullptr);
+               plan.panel_epilogue(0, column, width, first_pixel, nullptr, 0), nullptr);
       if (p.moments.wanted())
         p.moments.add(block.shard, 0, first_pixel, first_pixel + block.rows * p.x.out_size, column,
                       min_of(column + width, plan.out_channels));
@@ -40,7 +40,7 @@ struct RowMultiplier {
     constexpr int64_t kPoolRows = 2;
     const int64_t room = pooled ? (kPoolRows - 1) * p.pool.stride_h + p.pool.kernel_h : block.rows;
     auto* rows = static_cast<A*>(scratch_bytes(Scratch::kTile, room * out * width * sizeof(A)));
-    const Epilogue<T> epilogue = plan.panel_epilogue(0, column, width, 0, rows);
+    const Epilogue<T> epilogue = plan.panel_epilogue(0, column, width, 0, rows, width);
     if (!pooled) {
       multiply(block, panel, 0, block.rows, epilogue, rows);
       return plan.finish_rows(block, 0, column, width, rows);

@@ -32,11 +32,11 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   using A = Acc<T>;
   using Plan = CorrelationPlan<T, D, kDepthwise>;
   using Plan::output_epilogue, Plan::panel_epilogue, Plan::finish_rows;
-  using Plan::p, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place, Plan::dense,
-      Plan::direct, Plan::fetches_output, Plan::finished, Plan::by_rows, Plan::streams, Plan::stage,
-      Plan::pixel_words, Plan::group_words, Plan::elements, Plan::element_taps, Plan::words,
-      Plan::strip_tiles, Plan::split, Plan::image_rows, Plan::blocks, Plan::panel_parts,
-      Plan::shards;
+  using Plan::p, Plan::placed, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place,
+      Plan::dense, Plan::direct, Plan::fetches_output, Plan::finished, Plan::by_rows, Plan::streams,
+      Plan::stage, Plan::pixel_words, Plan::group_words, Plan::elements, Plan::element_taps,
+      Plan::words, Plan::strip_tiles, Plan::split, Plan::image_rows, Plan::blocks,
+      Plan::panel_parts, Plan::shards;
   using Plan::Plan;
 
   void run(const Parallel& pool) const {
@@ -90,11 +90,14 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
-      auto* rows = static_cast<A*>(scratch_bytes(Scratch::kTile, pixels * width * sizeof(A)));
-      if constexpr (kDepthwise)
+      auto* rows = static_cast<A*>(
+          scratch_bytes(Scratch::kTile, pixels * p.residues.count * width * sizeof(A)));
+      if constexpr (kDepthwise) {
         multiply_channels(block, column, column + width, 0, rows);
-      else
-        multiply(block, group, panel, panel + 1, row0 * p.x.out_size, rows);
+      } else {
+        for (int64_t residue = 0; residue < p.residues.count; ++residue)
+          multiply(block, group, panel, panel + 1, row0 * p.x.out_size, rows, residue);
+      }
       finish_rows(block, group, column, width, rows);
     }
   }
@@ -155,9 +158,9 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     }
   }
 
-  // A part of the reduction: elements [e0, e1), of each the words [w0, w1).
+  // A part of the reduction of a residue: elements [e0, e1), of each the words [w0, w1).
   struct Range {
-    int64_t e0, e1, w0, w1;
+    int64_t residue, e0, e1, w0, w1;
     bool first, last;
   };
 
@@ -202,9 +205,9 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   }
 
   // Panels [panel0, panel1) of a group for the block's pixels, to the output or (one panel) to
-  // rows[pixels][width].
+  // the residue's lines of rows[pixels][residues][width].
   void multiply(const Block<D>& block, int64_t group, int64_t panel0, int64_t panel1,
-                int64_t first_pixel, A* rows) const {
+                int64_t first_pixel, A* rows, int64_t residue = 0) const {
     // The reduction is cut so that a chunk of a panel stays in L2 while all tiles pass over it:
     // into runs of whole elements, or elements into parts.
     const int64_t limit = kChunkWords + kChunkWords / 4;
@@ -220,6 +223,7 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     const int64_t panel_bytes =
         max_of<int64_t>(1, elements * words) * kPanelVecs * V::W * sizeof(D);
     const int64_t together = chunks > 1 ? 1 : max_of<int64_t>(1, kPanelsBytes / panel_bytes);
+    if (rows) rows += residue * split.width_vecs(panel0) * V::W;
     A* partial = rows;
     if (!partial && chunks > 1)
       partial = static_cast<A*>(scratch_bytes(
@@ -227,7 +231,8 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     for (int64_t panel = panel0; panel < panel1; panel += together)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t run = chunk / parts, part = chunk % parts;
-        const Range range{elements * run / runs,
+        const Range range{residue,
+                          elements * run / runs,
                           elements * (run + 1) / runs,
                           words * part / parts,
                           words * (part + 1) / parts,
@@ -238,7 +243,7 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
       }
   }
 
-  // partial[pixels][width]: sums of a panel that go on.
+  // partial[pixels][residues][width]: sums of a panel that go on.
   void multiply_range(const Block<D>& block, int64_t group, int64_t panel0, int64_t panel1,
                       const Range& range, int64_t first_pixel, A* rows, A* partial) const {
     int vecs = 1;
@@ -250,8 +255,8 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     const auto find_strip = [&](int64_t tile0, const D** to) {
       for (int64_t t = tile0; t < min_of(tiles.tiles, tile0 + strip_tiles);
            ++t, to += tile_pointers)
-        find_pointers(block, group, tiles.begin(t), tiles.rows(t), range.e0, range.e1, range.w0,
-                      to);
+        find_pointers(block, group, tiles.begin(t), tiles.rows(t), range.e0, range.e1,
+                      range.w0 + p.residues.taps_shift(range.residue) * pixel_words, to);
     };
     find_strip(0, pointers);
     const bool fetching = in_place && group == 0 && panel0 == 0;
@@ -264,11 +269,13 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
       for (int64_t panel = panel0; panel < panel1; ++panel) {
         const int panel_vecs = split.width_vecs(panel);
         const int64_t column = split.column(panel), width = panel_vecs * V::W;
-        const Epilogue<T> epilogue = panel_epilogue(group, column, width, first_pixel, rows);
-        in.b = static_cast<const Word<T>*>(p.weight) +
+        const int64_t ld = p.residues.count * width;
+        const Epilogue<T> epilogue = panel_epilogue(group, column, width, first_pixel, rows, ld);
+        in.b = reinterpret_cast<const Word<T>*>(static_cast<const char*>(p.weight) +
+                                                p.residues.weight_offset(range.residue)) +
                (group * split.padded_columns() + column) * elements * words +
                (range.e0 * words + range.w0) * width;
-        in.ld_init = width;
+        in.ld_init = ld;
         // What is read next of the weight lies behind this, and comes from beyond L2 unless these
         // panels have taken turns before.
         const bool alone = panel1 - panel0 == 1;
@@ -285,11 +292,11 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
           if (fetching && t + strip_tiles < tiles.tiles)
             prefetch_pixels(soon + at_pointer, tiles.rows(t + strip_tiles), range, panel - panel0,
                             panel1 - panel0);
-          if (!range.first) in.init = partial + pixel * width;
+          if (!range.first) in.init = partial + pixel * ld;
           if (finished && range.last) {
             finish_tile(n, panel_vecs, in, epilogue.at_row(pixel));
           } else {
-            const StoreAccumulators<V> keep{partial + pixel * width, width};
+            const StoreAccumulators<V> keep{partial + pixel * ld, ld};
             run_tile<Mac<T>, false>(n, panel_vecs, in, keep);
           }
         }
@@ -374,7 +381,7 @@ template <class T>
 int64_t segment_pixels(const Correlation<T>& p) {
   const int64_t pixel_bytes = p.groups * p.channels * static_cast<int64_t>(sizeof(Acc<T>));
   const int64_t fitting = kBlockInputBytes / max_of<int64_t>(1, p.x.stride * pixel_bytes);
-  return max_of(kFewestSegmentPixels, min_of(kMostSegmentPixels, fitting));
+  return max_of(kFewestSegmentPixels, min_of(kMostSegmentPixels / p.residues.count, fitting));
 }
 
 template <class T>

@@ -101,10 +101,15 @@ struct Finisher {
     for (int64_t i = 0; i < n;) {
       const int64_t row = (pixel + i) / p.x.out_size, x = pixel + i - row * p.x.out_size;
       const int64_t count = min_of(n - i, p.x.out_size - x);
+      // The last positions of a row may not exist, where residues take turns.
+      const int64_t placed =
+          min_of(count, ceil_div(p.place_x.size - p.place_x.first, p.place_x.step) - x);
       const int64_t z = row / p.y.out_size, y = row - z * p.y.out_size;
       const int64_t plane = p.place_z.first + z * p.place_z.step;
       const int64_t line = plane * p.place_y.size + p.place_y.first + y * p.place_y.step;
-      body(line * p.place_x.size + p.place_x.first + x * p.place_x.step, i, count, p.place_x.step);
+      if (placed > 0)
+        body(line * p.place_x.size + p.place_x.first + x * p.place_x.step, i, placed,
+             p.place_x.step);
       i += count;
     }
   }

@@ -38,6 +38,19 @@ struct Placement {
   bool whole(int64_t out_size) const { return size == out_size && first == 0 && step == 1; }
 };
 
+// The residues of an axis' positions modulo the stride of a convolution whose adjoint has as many
+// taps for each: position o * count + i, placed there plus Placement::first, is computed by taps
+// that lie at + (i >= late()), with the weight at weight_step * (residue of position i).
+struct ResidueTurns {
+  int64_t count = 1, first = 0;  // first: the residue of position 0
+  size_t weight_step = 0;        // in bytes
+  int64_t late() const { return count - first; }
+  int64_t taps_shift(int64_t i) const { return i >= late() ? 1 : 0; }
+  size_t weight_offset(int64_t i) const {
+    return weight_step * static_cast<size_t>(i < late() ? i + first : i - late());
+  }
+};
+
 // out = maxpool(activation(scale * correlation(input, weight) + shift + residual)); see conv.h for
 // layouts and nulls.
 template <class T>
@@ -62,6 +75,9 @@ struct Correlation {
   uint8_t* argmax;
   ChannelMoments<T> moments;  // of the output, if wanted; without pool, and in order
   bool turns = false;         // the input has the other layout: channels_last says the output's
+  // Output o of x stands for `residues` neighbouring ones, which take turns over the same input,
+  // each with a weight of its own: see ResidueTurns. Staged, without pool and moments.
+  ResidueTurns residues = {};
 
   // Depth and height as one axis of rows.
   int64_t out_rows() const { return z.out_size * y.out_size; }

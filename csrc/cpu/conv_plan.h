@@ -25,6 +25,7 @@ struct CorrelationPlan {
   using V = Vec<T>;
   using A = Acc<T>;
   const Correlation<T>& p;
+  Correlation<T> placed;  // the same, to those who finish rows in which residues lie side by side
   // As computed: depthwise is one group of all channels.
   int64_t groups, channels, out_channels;
   bool in_place;  // the input is read where it lies
@@ -42,7 +43,12 @@ struct CorrelationPlan {
   PanelSplit<V> split;
   int64_t image_rows, blocks, panel_parts, shards;
 
-  explicit CorrelationPlan(const Correlation<T>& problem, const Parallel& pool) : p(problem) {
+  explicit CorrelationPlan(const Correlation<T>& problem, const Parallel& pool)
+      : p(problem), placed(problem) {
+    if (p.residues.count > 1) {
+      placed.x.out_size *= p.residues.count;
+      placed.place_x.step = 1;
+    }
     groups = kDepthwise ? 1 : p.groups;
     channels = kDepthwise ? p.groups : p.channels;
     out_channels = kDepthwise ? p.groups : p.out_channels;
@@ -55,10 +61,17 @@ struct CorrelationPlan {
     const bool repeats = p.padding != PaddingMode::kZeros &&
                          (p.x.offset < 0 || p.x.offset + p.x.span() > p.x.in_size);
     const bool pixels = p.channels_last != p.turns;  // of the input, side by side
-    in_place =
-        pixels && readable && vectors && !repeats && !(joinable && channel_words < kMinJoinedWords);
-    stage = {pixels,      groups,     channels,   p.z.in_size * p.y.in_size,
-             p.x.in_size, p.x.offset, p.x.span(), p.padding};
+    const bool shifts = p.residues.first > 0;        // taps of some residues
+    in_place = !shifts && pixels && readable && vectors && !repeats &&
+               !(joinable && channel_words < kMinJoinedWords);
+    stage = {pixels,
+             groups,
+             channels,
+             p.z.in_size * p.y.in_size,
+             p.x.in_size,
+             p.x.offset,
+             p.x.span() + (shifts ? 1 : 0),
+             p.padding};
     const bool joined = joinable && !in_place;
     element_taps = joined ? p.x.taps : 1;
     elements = p.row_taps() * (p.x.taps / max_of<int64_t>(1, element_taps));
@@ -76,7 +89,7 @@ struct CorrelationPlan {
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
     by_rows = kFusedEpilogue<T> && joined && groups == 1 && split.width_vecs(0) <= kNarrowVecs &&
-              p.x.out_size >= kFewestRowPixels;
+              p.residues.count == 1 && p.x.out_size >= kFewestRowPixels;
     streams = by_rows && direct && p.activation <= Activation::kRelu6 && !p.residual &&
               !p.preactivation && !p.moments.wanted() &&
               p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kStreamedNumbers &&
@@ -96,9 +109,9 @@ struct CorrelationPlan {
     return epilogue;
   }
 
-  // The epilogue of a panel, if tiles go through it: to the output or to rows[pixels][width].
+  // The epilogue of a panel, if tiles go through it: to the output or to rows[pixels][ld].
   Epilogue<T> panel_epilogue(int64_t group, int64_t column, int64_t width, int64_t first_pixel,
-                             A* rows) const {
+                             A* rows, int64_t ld) const {
     Epilogue<T> epilogue;
     if (!finished) return epilogue;
     epilogue = output_epilogue().at_panel(group * out_channels + column,
@@ -107,18 +120,19 @@ struct CorrelationPlan {
       epilogue = epilogue.at_row(first_pixel);
     } else if constexpr (std::is_same_v<T, A>) {
       epilogue.out = rows;
-      epilogue.ld_out = width;
+      epilogue.ld_out = ld;
       epilogue.columns = static_cast<int>(width);
     }
     return epilogue;
   }
 
-  // From rows[pixels][width], the accumulators of a block's channels from `column` of a group on.
+  // From rows[pixels][residues][width], the accumulators of a block's channels from `column` of a
+  // group on.
   void finish_rows(const Block<D>& block, int64_t group, int64_t column, int64_t width,
                    A* rows) const {
     const int64_t columns = min_of(width, out_channels - column);
     const int64_t channel = group * out_channels + column;
-    const Finisher<T> finisher{p, channel, columns, width, finished};
+    const Finisher<T> finisher{placed, channel, columns, width, finished};
     for (int i = 0; i < block.piece_count; ++i) {
       const Piece& piece = block.pieces[i];
       finisher.run(piece, rows);
@@ -139,8 +153,8 @@ struct CorrelationPlan {
     const int64_t read_words =  // of an input row
         in_place ? p.x.out_size * min_of(p.x.stride, p.x.taps) * pixel_words : stage.row_words();
     const int64_t row_bytes = conv_rows * min_of(p.y.stride, p.y.taps) * read_words * sizeof(D);
-    int64_t per_block = max_of<int64_t>(
-        1, (kDepthwise ? kDepthwiseBlockPixels : kBlockPixels) / max_of<int64_t>(1, row_pixels));
+    int64_t per_block = max_of<int64_t>(1, (kDepthwise ? kDepthwiseBlockPixels : kBlockPixels) /
+                                               max_of<int64_t>(1, row_pixels * p.residues.count));
     // Rows that windows share are computed again in the next block.
     if (p.pool.kernel_h > p.pool.stride_h) per_block = max_of<int64_t>(4, 2 * per_block);
     const int64_t fitting = max_of<int64_t>(2, kBlockInputBytes / max_of<int64_t>(1, row_bytes));
@@ -150,7 +164,7 @@ struct CorrelationPlan {
     per_block = min_of(per_block, fitting);
     per_block = min_of(per_block, (kMaxPieces - 2) * max_of<int64_t>(1, image_rows));
     blocks = ceil_div(rows, per_block);
-    const double flops = 2.0 * static_cast<double>(p.batch * p.out_rows() * p.x.out_size) *
+    const double flops = 2.0 * static_cast<double>(p.batch * p.out_rows() * placed.x.out_size) *
                          static_cast<double>(groups * out_channels * elements * element_taps) *
                          static_cast<double>(kDepthwise ? 16 : channels);
     const int64_t threads = flops < kSerialFlops ? 1 : pool.threads;
