@@ -199,10 +199,15 @@ _counter, _made = count(1), 0
 
 def record_decision(op: str, chosen: str, refused: tuple[tuple[str, str], ...] = ()) -> None:
     """Log a choice under ``"auto"``; does nothing while torch.compile traces."""
-    global _made
     if not torch.compiler.is_compiling():
-        _decisions.append(_decision(op, chosen, refused))
-        _made = next(_counter)
+        log_decision(op, chosen, refused)
+
+
+def log_decision(op: str, chosen: str, refused: tuple[tuple[str, str], ...] = ()) -> None:
+    """:func:`record_decision` of a call that is not being traced."""
+    global _made
+    _decisions.append(_decision(op, chosen, refused))
+    _made = next(_counter)
 
 
 def select(

@@ -85,7 +85,7 @@ int64_t other_size(const ConvShape& s, const AxisOptions& a, int64_t size) {
     FMK_CHECK(full <= (int64_t(1) << 40), "stride: the output is too large");
     const int64_t out = full - a.before - a.after;
     // The convolution must come back to this size: what torch calls output_padding is small.
-    FMK_CHECK(out > 0 && a.before - a.after < std::max(a.stride, a.dilation) &&
+    FMK_CHECK(out > 0 && out <= INT32_MAX && a.before - a.after < std::max(a.stride, a.dilation) &&
                   places(out, a.kernel, a.stride, a.before, a.after, a.dilation) == size,
               "padding: leaves no output, or more than fits");
     return out;

@@ -27,6 +27,7 @@ Problem check_operands(const Tensor& input, const Tensor& weight1,
     check_like(*weight, name, input, "input");
     check_contiguous(*weight, name);
     FMK_CHECK(weight->dim() == 2, name, ": expected two dimensions, got ", weight->dim());
+    FMK_CHECK(weight->numel() > 0, name, ": expected at least one element");
   }
   shape.in_features = input.size(input.dim() - 1);
   shape.hidden_features = weight1.size(0);

@@ -32,6 +32,7 @@ Shapes check_operands(const Tensor& input, const Tensor& weight) {
   const bool transposed = is_transposed(weight);
   FMK_CHECK(weight.size(1) == input.size(input.dim() - 1), "weight: expected ",
             input.size(input.dim() - 1), " input features as in input, got ", weight.size(1));
+  FMK_CHECK(weight.numel() > 0, "weight: expected at least one element");
   Shapes shapes{1, weight.size(1), weight.size(0), shape_of(input), transposed};
   for (size_t i = 0; i + 1 < shapes.output.size(); ++i) shapes.rows *= shapes.output[i];
   shapes.output.back() = shapes.out_features;

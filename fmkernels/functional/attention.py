@@ -11,7 +11,7 @@ from fmkernels import _checks as check
 from fmkernels._remember import remember
 from fmkernels.functional import _attention_options as common
 from fmkernels.functional.packed_attention import nested_attention
-from fmkernels.ops.attention import autograd
+from fmkernels.ops.attention import autograd, quick
 from fmkernels.ops.attention.schema import Options
 
 
@@ -157,6 +157,16 @@ def scaled_dot_product_attention(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
+    if (
+        type(return_lse) is bool
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and enable_gqa is False
+        and window is softcap is alibi_slopes is sinks is None
+    ):
+        results = quick.attention(query, key, value, attn_mask, is_causal, scale, backend)
+        if results is not None:
+            return results if return_lse else results[0]
     check.boolean("return_lse", return_lse)
     options = {
         "dropout_p": dropout_p,

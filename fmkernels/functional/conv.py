@@ -511,13 +511,7 @@ def _conv(
         pool,
         edges,
     )
-    if state is None and plan.pool is None:
-        output = quick.conv(
-            input, weight, bias, scale, shift, residual, packed_weight, plan.options, backend
-        )
-        if output is not None:
-            return output
-    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
+    return _start(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
 
 
 def _plan_of(
@@ -581,7 +575,7 @@ def _conv_transpose(
         activation,
         parse_pool(pool, dims),
     )
-    return _run(plan, input, weight, bias, scale, shift, residual, packed_weight, backend)
+    return _start(plan, input, weight, bias, scale, shift, residual, packed_weight, backend)
 
 
 class _Plan(NamedTuple):
@@ -680,8 +674,11 @@ def layer_options(
     padding_mode: str,
     activation: str | None,
     pool: Pool | None,
+    output_padding: tuple[int, ...] | None,
 ) -> ConvOptions | None:
     """What the attributes of a convolution layer come to, for images of any size.
+
+    With an ``output_padding`` it is a transposed one.
 
     None where it takes more than one op, or where a call would raise.
     """
@@ -689,11 +686,15 @@ def layer_options(
         kind, window = parse_pool(pool, dims)
         stride = _checks.integers("stride", stride, dims, 1)
         dilation = _checks.integers("dilation", dilation, dims, 1)
-        edges = padding_edges(padding, kernel_size, stride, dilation)
+        transposed = output_padding is not None
+        if transposed:
+            edges = transposed_edges(padding, output_padding, stride, dilation)
+        else:
+            edges = padding_edges(padding, kernel_size, stride, dilation)
         _checks.choice("activation", activation, _activations.CHOICES)
     except (TypeError, ValueError):
         return None
-    options = ConvOptions(stride, edges, dilation, groups, False, padding_mode, activation)
+    options = ConvOptions(stride, edges, dilation, groups, transposed, padding_mode, activation)
     return options if kind is None else _with_pool(options, kind, window)
 
 
@@ -702,6 +703,27 @@ def _check_operands(input: Tensor, weight: Tensor, residual: Tensor | None) -> N
     _checks.operand("weight", weight, "input", input)
     if residual is not None:
         _checks.operand("residual", residual, "input", input)
+
+
+def _start(
+    plan: _Plan,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    packed_weight: Tensor | None,
+    backend: str | None,
+    state: Tensor | None = None,
+) -> Tensor:
+    """The everyday way, where the call is one, else the checked one."""
+    operands = (input, weight, bias, scale, shift, residual, packed_weight)
+    if state is None and plan.pool is None:
+        output = quick.conv(*operands, plan.options, backend)
+        if output is not None:
+            return output
+    return _run(plan, *operands, backend, state)
 
 
 def _run(
@@ -714,7 +736,7 @@ def _run(
     residual: Tensor | None,
     packed_weight: Tensor | None,
     backend: str | None,
-    state: Tensor | None = None,
+    state: Tensor | None,
 ) -> Tensor:
     dims = len(plan.options.stride)
     check_vectors(input, plan.output_shape[-dims - 1], bias=bias, scale=scale, shift=shift)

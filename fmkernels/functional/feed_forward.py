@@ -7,7 +7,7 @@ from torch import Tensor
 from fmkernels import _checks as check
 from fmkernels.functional import _options
 from fmkernels.ops import _activations
-from fmkernels.ops.feed_forward import autograd
+from fmkernels.ops.feed_forward import autograd, quick
 
 
 def feed_forward(
@@ -51,6 +51,11 @@ def feed_forward(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
+    if type(dropout_p) is float and dropout_p == 0.0:
+        operands = (input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual)
+        output = quick.feed_forward(operands, packed_weights, activation, backend)
+        if output is not None:
+            return output
     check.tensor("input", input)
     tensors = {
         "weight1": weight1,

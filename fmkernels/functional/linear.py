@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fmkernels import _checks
 from fmkernels.ops import _activations
-from fmkernels.ops.linear import autograd
+from fmkernels.ops.linear import autograd, quick
 
 
 def linear(
@@ -40,6 +40,9 @@ def linear(
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
         UnsupportedError: the explicit backend cannot serve the call.
     """
+    output = quick.linear(input, weight, bias, residual, packed_weight, activation, backend)
+    if output is not None:
+        return output
     _checks.tensor("input", input)
     _checks.operand("weight", weight, "input", input)
     _checks.rank("weight", weight, 2)

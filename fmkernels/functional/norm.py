@@ -11,8 +11,7 @@ from torch import Tensor
 from fmkernels import _checks as check
 from fmkernels._remember import remember
 from fmkernels.functional import _options
-from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops.norm import autograd
+from fmkernels.ops.norm import autograd, quick
 
 
 def layer_norm(
@@ -144,6 +143,12 @@ def _norm(
     return_sum: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
+    if type(dropout_p) is float and dropout_p == 0.0:
+        result = quick.norm(
+            input, residual, normalized_shape, weight, bias, rms, eps, return_sum, backend
+        )
+        if result is not None:
+            return result
     check.tensor("input", input)
     if isinstance(normalized_shape, list):  # a tuple can be remembered
         normalized_shape = tuple(normalized_shape)
@@ -164,7 +169,7 @@ def _norm(
             )
     dropout_p = _options.probability("dropout_p", dropout_p)
     if eps is None:
-        eps = torch.finfo(opmath_dtype(input.dtype)).eps
+        eps = autograd.default_eps(input.dtype)
     eps = _options.number("eps", eps)
 
     result_dtype = _common(input, residual)

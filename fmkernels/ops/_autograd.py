@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, function
 
 from fmkernels._dispatch import autocast_enabled
 
@@ -22,6 +25,17 @@ def needs_graph(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator, which costs microseconds, where a second derivative might be wanted."""
+    guarded = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx, *grads: Tensor | None):
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return once
 
 
 def distinct(tensor: Tensor | None, other: Tensor) -> Tensor | None:

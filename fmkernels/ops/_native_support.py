@@ -36,7 +36,7 @@ def native_cpu_support(tensor: Tensor, ops: Support = _LIBRARY) -> Support:
     """
     if not ops.ok:
         return ops
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return Support(False, f"computes on CPU tensors, got a tensor on {tensor.device}")
     if tensor.dtype not in FLOAT_DTYPES:
         return Support(

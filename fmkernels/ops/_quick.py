@@ -10,30 +10,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from fmkernels._dispatch import Backend, current_backend, record_decision
+from fmkernels._dispatch import Backend, current_backend, log_decision
 
 # What unchecked operands can raise.
 CLOSER_LOOK = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+# A tensor of another class may lead to a fake kernel, which checks nothing.
+_PLAIN = {Tensor, Parameter}
 
 
 def is_ordinary(
-    op: str, backends: dict[str, Backend], backend: str | None, input: Tensor, *others: Tensor
+    op: str,
+    backends: dict[str, Backend],
+    backend: str | None,
+    input: Tensor,
+    *others: Tensor | None,
 ) -> bool:
-    """Whether the native CPU kernel would serve the call; logs the choice if it was one."""
+    """Whether the native CPU kernel would serve the call; logs the choice if it was one.
+
+    Every tensor is plain and on the CPU then; the native op checks dtypes, shapes and strides.
+    """
     requested = current_backend() if backend is None else backend
     if (
         requested not in ("auto", "cpu")
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or not input.is_cpu
-        or input.size(-1) == 0
+        or type(input) not in _PLAIN
+        or input.shape[-1] == 0
         or not backends["cpu"].supports(input).ok
     ):
         return False
     for tensor in others:
-        if not tensor.is_cpu:
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
             return False
     if requested == "auto":
-        record_decision(op, "cpu")
+        log_decision(op, "cpu")
     return True

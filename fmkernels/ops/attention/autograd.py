@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops import _dropout
 from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops._autocast import autocast_off
-from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, needs_graph, once_differentiable
 from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import APPEND, CACHED, SDPA, STATISTICS
 from fmkernels.ops.attention.schema import Options
+
+OP_NAME = "scaled_dot_product_attention"  # in messages and decisions
 
 _FIELDS = len(Options._fields)
 _TENSOR_OPTIONS = 6
@@ -109,13 +110,20 @@ def attention(
         output ``(B, Hq, Sq, Dv)`` and lse ``(B, Hq, Sq)``.
     """
     query, key, value, options = _prepared(query, key, value, options)
-    name, implementation = select("scaled_dot_product_attention", SDPA, backend, query, options)
+    name, _ = select(OP_NAME, SDPA, backend, query, options)
     with autocast_off(query.device.type):
-        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-        if needs_graph(query, key, value, *options[:_DIFFERENTIABLE_OPTIONS]):
-            operands = _distinct(query, key, value, *options[:_TENSOR_OPTIONS])
-            return _Attention.apply(name, *operands, *options[_TENSOR_OPTIONS:])
-        return implementation.forward(query, key, value, *options)
+        return run(name, query, key, value, options)
+
+
+def run(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` by that backend, which has been found to serve it, without autocast."""
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    if needs_graph(query, key, value, *options[:_DIFFERENTIABLE_OPTIONS]):
+        operands = _distinct(query, key, value, *options[:_TENSOR_OPTIONS])
+        return _Attention.apply(backend, *operands, *options[_TENSOR_OPTIONS:])
+    return SDPA[backend].forward(query, key, value, *options)
 
 
 def attention_with_weights(

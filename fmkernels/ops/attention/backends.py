@@ -9,7 +9,7 @@ from fmkernels._dispatch import SUPPORTED, Backend, Support
 from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend, triton_op, triton_support
 from fmkernels.ops.attention import cuda, reference
-from fmkernels.ops.attention.schema import Options
+from fmkernels.ops.attention.schema import PLAIN, Options
 
 # Tiles of wider heads exceed a multiprocessor's registers.
 _WIDEST_HEAD = 512
@@ -20,7 +20,7 @@ _NATIVE_STATISTICS = native_ops_support("sdpa_statistics")
 _NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
 
 
-def _cpu_supports(query: Tensor, options: Options) -> Support:
+def _cpu_supports(query: Tensor, options: Options = PLAIN) -> Support:
     return _cpu_serves(native_cpu_support(query, _NATIVE), query, options)
 
 

@@ -77,6 +77,8 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
 
 
+PLAIN = Options()  # attention without any of them, but for the scale
+
 _library = torch.library.Library("fmkernels", "FRAGMENT")
 
 _OPTIONS = (

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import current_precision, select
 from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops._autograd import cast_for_autocast, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, needs_graph, once_differentiable
 from fmkernels.ops.conv.autograd_causal import causal_conv
 from fmkernels.ops.conv.autograd_pool import pool
 from fmkernels.ops.conv.backends import CONV, fuses_pool
 from fmkernels.ops.conv.geometry import ConvOptions, in_layout, is_channels_last, window_parts
 from fmkernels.ops.conv.schema import PACKED_POOL_STRIDE
 
+_OP_NAMES = (
+    ("conv1d", "conv2d", "conv3d"),
+    ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
 _OPTION_COUNT = len(ConvOptions._fields)
 
 
@@ -218,7 +221,7 @@ def readable_weight(
 
 def op_name(options: ConvOptions) -> str:
     """The name of the convolution in messages and decisions."""
-    return f"conv{'_transpose' if options.transposed else ''}{len(options.stride)}d"
+    return _OP_NAMES[options.transposed][len(options.stride) - 1]
 
 
 def pack_conv_weight(weight: Tensor, options: ConvOptions, backend: str | None) -> Tensor | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import check_backend_name, current_backend, record_decision
-from fmkernels.ops._autograd import needs_graph
+from fmkernels.ops._autograd import needs_graph, once_differentiable
 from fmkernels.ops.conv.backends import CAUSAL
 from fmkernels.ops.conv.geometry import ConvOptions
 

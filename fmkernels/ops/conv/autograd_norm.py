@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops._activations import opmath_dtype
-from fmkernels.ops._autograd import needs_graph
+from fmkernels.ops._autograd import needs_graph, once_differentiable
 from fmkernels.ops.conv.autograd_pool import pool as pool_image
 from fmkernels.ops.conv.backends import NORM, fuses_pool
 from fmkernels.ops.conv.geometry import in_layout, is_channels_last, window_parts

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
-from fmkernels.ops._autograd import needs_graph
+from fmkernels.ops._autograd import needs_graph, once_differentiable
 from fmkernels.ops.conv.backends import AVG_POOL, MAX_POOL
 from fmkernels.ops.conv.geometry import in_layout, is_channels_last, window_parts
 from fmkernels.ops.conv.reference_pool import flat_indices  # noqa: F401 - part of this interface

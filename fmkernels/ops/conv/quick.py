@@ -43,8 +43,9 @@ def conv(
 ) -> Tensor | None:
     """As :func:`fmkernels.ops.conv.autograd.conv`, of batched images in one of the two layouts."""
     try:
-        if needs_graph(input, weight, bias, scale, shift, residual) or not _is_ordinary(
-            input, weight, options, backend
+        operands = (weight, bias, scale, shift, residual)
+        if needs_graph(input, *operands) or not _is_ordinary(
+            options, backend, input, *operands, packed_weight
         ):
             return None
         exact = current_precision() == "exact"
@@ -84,7 +85,7 @@ class Chain:
                 not self._one_backend
                 or torch.is_grad_enabled()
                 or needs_graph()
-                or not _is_ordinary(input, first.weight, first.options, first.backend)
+                or not _is_ordinary(first.options, first.backend, input, first.weight, residual)
             ):
                 return None
             exact = current_precision() == "exact"
@@ -105,9 +106,11 @@ class Chain:
         ]
 
 
-def _is_ordinary(input: Tensor, weight: Tensor, options: ConvOptions, backend: str | None) -> bool:
+def _is_ordinary(
+    options: ConvOptions, backend: str | None, input: Tensor, *others: Tensor | None
+) -> bool:
     return (
         input.dim() == len(options.stride) + 2
         and (input.is_contiguous() or is_channels_last(input))
-        and is_ordinary(op_name(options), CONV, backend, input, weight)
+        and is_ordinary(op_name(options), CONV, backend, input, *others)
     )

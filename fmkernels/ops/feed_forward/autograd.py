@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops import _dropout
-from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph, once_differentiable
 from fmkernels.ops.feed_forward.backends import FEED_FORWARD
 
 
@@ -104,13 +105,28 @@ def feed_forward(
     name, _ = select("feed_forward", FEED_FORWARD, backend, tensors[0])
     if tensors[1] is not raw_weight:
         packed_weights = (None, None)
-    tensors = tuple(None if t is None else t.contiguous() for t in tensors)
-    seed = _dropout.new_seed(input.device) if dropout_p > 0.0 else None
-    tensors = (*tensors[:-1], distinct(tensors[-1], tensors[0]))
+    return run(name, tensors, packed_weights, activation, dropout_p)
+
+
+def run(
+    backend: str,
+    tensors: Sequence[Tensor | None],
+    packed_weights: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    dropout_p: float,
+) -> Tensor:
+    """:func:`feed_forward` by that backend, which has been found to serve it.
+
+    Args:
+        tensors: from ``input`` to ``residual``.
+    """
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    tensors[-1] = distinct(tensors[-1], tensors[0])
+    seed = _dropout.new_seed(tensors[0].device) if dropout_p > 0.0 else None
     arguments = (*tensors, *packed_weights, activation, dropout_p, seed)
     if needs_graph(*tensors):
-        return _FeedForward.apply(*arguments, name)
-    return FEED_FORWARD[name].forward(*arguments, False)[0]
+        return _FeedForward.apply(*arguments, backend)
+    return FEED_FORWARD[backend].forward(*arguments, False)[0]
 
 
 def pack_feed_forward_weight(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
-from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph
+from fmkernels.ops._autograd import cast_for_autocast, distinct, needs_graph, once_differentiable
 from fmkernels.ops.linear.backends import LINEAR, READ_TRANSPOSED_WEIGHTS
 
 
@@ -62,6 +61,8 @@ class _Linear(torch.autograd.Function):
 
 def _as_read_by(backend: str, weight: Tensor) -> Tensor:
     """``weight`` as the backend takes it, copied only if it must be."""
+    if weight.is_contiguous():
+        return weight
     if backend in READ_TRANSPOSED_WEIGHTS and weight.t().is_contiguous():
         return weight
     return weight.contiguous()
@@ -87,17 +88,28 @@ def linear(
     input, weight, bias, residual = cast_for_autocast(input, weight, bias, residual)
     if weight is not raw_weight:
         packed_weight = None
-    name, implementation = select("linear", LINEAR, backend, input, weight, activation)
-    input = input.contiguous()
-    weight = _as_read_by(name, weight)
+    name, _ = select("linear", LINEAR, backend, input, weight, activation)
     bias = None if bias is None else bias.contiguous()
+    return run(name, input, weight, bias, residual, packed_weight, activation)
+
+
+def run(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed_weight: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """:func:`linear` by that backend, which has been found to serve it."""
+    input, weight = input.contiguous(), _as_read_by(backend, weight)
     residual = None if residual is None else distinct(residual.contiguous(), input)
     if needs_graph(input, weight, bias, residual):
-        return _Linear.apply(input, weight, bias, residual, packed_weight, activation, name)
-    output, _ = implementation.forward(
+        return _Linear.apply(input, weight, bias, residual, packed_weight, activation, backend)
+    return LINEAR[backend].forward(
         input, weight, bias, residual, packed_weight, activation, False
-    )
-    return output
+    )[0]
 
 
 def pack_linear_weight(weight: Tensor, backend: str | None) -> Tensor | None:

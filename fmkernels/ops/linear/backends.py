@@ -13,7 +13,7 @@ from fmkernels.ops.linear import reference, schema  # noqa: F401 - schema define
 _NATIVE = native_ops_support("linear_forward", "linear_backward", "linear_pack_weight")
 
 
-def _cpu_supports(input: Tensor, weight: Tensor, activation: str | None) -> Support:
+def _cpu_supports(input: Tensor, *rest: object) -> Support:
     return native_cpu_support(input, _NATIVE)
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels._dispatch import select
 from fmkernels.ops import _dropout
-from fmkernels.ops._autograd import distinct, needs_graph
+from fmkernels.ops._activations import opmath_dtype
+from fmkernels.ops._autograd import distinct, needs_graph, once_differentiable
 from fmkernels.ops.norm.backends import NORM
 
 
@@ -83,17 +83,41 @@ def norm(
     Returns:
         the output, and the sum where there is a residual and ``return_sum``.
     """
-    name, implementation = select("rms_norm" if rms else "layer_norm", NORM, backend, input)
-    input = input.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    name, _ = select(op_name(rms), NORM, backend, input)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    return run(name, input, residual, weight, bias, rms, eps, dropout_p, return_sum)
+
+
+def run(
+    backend: str,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+    dropout_p: float,
+    return_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`norm` by that backend, which has been found to serve it."""
+    input = input.contiguous()
+    residual = None if residual is None else residual.contiguous()
     seed = _dropout.new_seed(input.device) if dropout_p > 0.0 else None
     if needs_graph(input, residual, weight, bias):
         operands = (input, distinct(residual, input), weight, bias)
-        result = _Norm.apply(*operands, rms, eps, dropout_p, seed, name)
+        result = _Norm.apply(*operands, rms, eps, dropout_p, seed, backend)
         return (result, None) if residual is None else result
-    output, total, _, _ = implementation.forward(
+    return NORM[backend].forward(
         input, residual, weight, bias, rms, eps, dropout_p, seed, False, return_sum
-    )
-    return output, total
+    )[:2]
+
+
+def op_name(rms: bool) -> str:
+    """The name of the normalisation in messages and decisions."""
+    return "rms_norm" if rms else "layer_norm"
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """The machine epsilon of the dtype that statistics of ``dtype`` have, as torch's rms_norm."""
+    return torch.finfo(opmath_dtype(dtype)).eps

@@ -1,0 +1,28 @@
+"""The everyday call of a feed-forward block; see fmkernels/ops/_quick.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
+from fmkernels.ops.feed_forward.autograd import run
+from fmkernels.ops.feed_forward.backends import FEED_FORWARD
+
+
+def feed_forward(
+    tensors: tuple[Tensor | None, ...],
+    packed_weights: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    backend: str | None,
+) -> Tensor | None:
+    """As :func:`fmkernels.ops.feed_forward.autograd.feed_forward`, without dropout.
+
+    Args:
+        tensors: from ``input`` to ``residual``.
+    """
+    try:
+        if not is_ordinary("feed_forward", FEED_FORWARD, backend, *tensors, *packed_weights):
+            return None
+        return run("cpu", tensors, packed_weights, activation, 0.0)
+    except CLOSER_LOOK:
+        return None
