@@ -124,17 +124,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
     """By name; plain ones without the detour by getattr, which takes longer than a look-up."""
-    return _looked_up(module, module._parameters, names)
+    table = module._parameters
+    return [table[name] if name in table else getattr(module, name) for name in names]
+
+
+def children_of(module: nn.Module, names: Sequence[str]) -> list[nn.Module | None]:
+    """The same of submodules."""
+    table = module._modules
+    return [table[name] if name in table else getattr(module, name) for name in names]
 
 
 def buffers_of(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
     """The same of buffers."""
-    return _looked_up(module, module._buffers, names)
-
-
-def _looked_up(
-    module: nn.Module, table: dict[str, Tensor | None], names: Sequence[str]
-) -> list[Tensor | None]:
+    table = module._buffers
     return [table[name] if name in table else getattr(module, name) for name in names]
 
 

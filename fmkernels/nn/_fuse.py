@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fmkernels.functional.feed_forward import feed_forward
 from fmkernels.functional.linear import linear
+from fmkernels.nn._frozen import parameters_of
 from fmkernels.nn.linear import Linear
 from fmkernels.nn.norm import LayerNorm
 
@@ -98,10 +99,11 @@ def fused_linear(
     name = None if activation is None else activation_name(activation)
     if _fusable(module, residual) and (activation is None or name is not None):
         (packed_weight,) = module._packed()
+        weight, bias = parameters_of(module, ("weight", "bias"))
         return linear(
             input,
-            module.weight,
-            module.bias,
+            weight,
+            bias,
             activation=name,
             residual=residual,
             backend=module.backend,
@@ -132,10 +134,8 @@ def fused_feed_forward(
     ):
         return feed_forward(
             input,
-            linear1.weight,
-            linear1.bias,
-            linear2.weight,
-            linear2.bias,
+            *parameters_of(linear1, ("weight", "bias")),
+            *parameters_of(linear2, ("weight", "bias")),
             activation=name,
             dropout_p=p,
             residual=residual,

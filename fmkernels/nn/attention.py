@@ -16,7 +16,7 @@ from fmkernels.functional.attention import (
     scaled_dot_product_attention,
 )
 from fmkernels.functional.linear import linear
-from fmkernels.nn._frozen import Freezable, adopt
+from fmkernels.nn._frozen import Freezable, adopt, children_of, parameters_of
 from fmkernels.nn._fuse import fused_linear, shared_linear
 from fmkernels.nn.linear import Linear
 from fmkernels.ops.linear.autograd import pack_linear_weight
@@ -183,13 +183,14 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(batch_dim)
 
-        extra_keys = int(self.bias_k is not None) + int(self.add_zero_attn)
+        bias_k, bias_v = parameters_of(self, ("bias_k", "bias_v"))
+        extra_keys = int(bias_k is not None) + int(self.add_zero_attn)
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given with the is_causal hint")
         # Only where the mask is exactly what the kernel's causal flag means.
         causal = is_causal and key_padding_mask is None and not need_weights and extra_keys == 0
         mask = None
-        if not causal:
+        if not causal and not (attn_mask is key_padding_mask is None):
             mask = self._merge_masks(
                 attn_mask,
                 key_padding_mask,
@@ -201,9 +202,8 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
             )
 
         q, k, v = self._project(query, key, value, self_attention, shared)
-        k = self._append_keys(k, self.bias_k, batch_dim, length_dim)
-        v = self._append_keys(v, self.bias_v, batch_dim, length_dim)
-        q, k, v = (self._split_heads(t) for t in (q, k, v))
+        if extra_keys:
+            k, v = self._append_keys(k, bias_k), self._append_keys(v, bias_v)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -214,8 +214,9 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
             output = scaled_dot_product_attention(
                 q, k, v, mask, dropout_p, causal, backend=self.backend
             )
+        (out_proj,) = children_of(self, ("out_proj",))
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
-        output = fused_linear(self.out_proj, output.flatten(2), residual=residual)
+        output = fused_linear(out_proj, output.flatten(2), residual=residual)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
@@ -227,8 +228,10 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         check.tensor("query", query)
         check.rank("query", query, 2, 3)
         batch_dim = 0 if self.batch_first else 1
-        widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
-        for (name, width), operand in zip(widths.items(), (query, key, value), strict=True):
+        operands = [("query", query, self.embed_dim)]
+        if not (query is key is value and self.kdim == self.vdim == self.embed_dim):
+            operands += [("key", key, self.kdim), ("value", value, self.vdim)]
+        for name, operand, width in operands:
             check.tensor(name, operand)
             check.rank(name, operand, query.dim())
             if operand.size(-1) != width:
@@ -255,8 +258,9 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         keys: int,
         extra_keys: int,
         dtype: torch.dtype,
-    ) -> Tensor | None:
-        """Both masks as one for the attention function: four-dimensional, True means take part."""
+    ) -> Tensor:
+        """The masks given, one at least, as one for the attention function: four-dimensional, True
+        means take part."""
         masks = []
         if attn_mask is not None:
             _check_mask_type("attn_mask", attn_mask)
@@ -275,8 +279,6 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
             masks.append(key_padding_mask[:, None, None, :])
         if extra_keys:
             masks = [TF.pad(mask, (0, extra_keys)) for mask in masks]
-        if not masks:
-            return None
         if all(mask.dtype is torch.bool for mask in masks):
             ignored = masks[0] if len(masks) == 1 else masks[0] | masks[1]
             return ~ignored
@@ -285,14 +287,15 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, self_attention: bool, shared: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three projections ``(..., E)``; views into one product where inputs coincide."""
+    ) -> tuple[Tensor, ...]:
+        """The three projections ``(B, heads, S, D)``; views into one product where inputs
+        coincide."""
         width, backend = self.embed_dim, self.backend
         packed_all, packed_q, packed_kv, packed_k, packed_v = self._packed()
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight, bias = parameters_of(self, ("in_proj_weight", "in_proj_bias"))
         if weight is not None and self_attention:
             qkv = linear(query, weight, bias, backend=backend, packed_weight=packed_all)
-            return qkv.unflatten(-1, (3, width)).unbind(-2)
+            return self._split_heads(qkv, 3)
         b_q = b_kv = b_k = b_v = None
         if bias is not None:
             b_q, b_kv = bias.split([width, 2 * width])
@@ -305,28 +308,28 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         q = linear(query, w_q, b_q, backend=backend, packed_weight=packed_q)
         if weight is not None and shared:
             kv = linear(key, w_kv, b_kv, backend=backend, packed_weight=packed_kv)
-            return q, *kv.unflatten(-1, (2, width)).unbind(-2)
+            return *self._split_heads(q, 1), *self._split_heads(kv, 2)
         k = linear(key, w_k, b_k, backend=backend, packed_weight=packed_k)
         v = linear(value, w_v, b_v, backend=backend, packed_weight=packed_v)
-        return q, k, v
+        return tuple(self._split_heads(projected, 1)[0] for projected in (q, k, v))
 
-    def _append_keys(
-        self, projected: Tensor, bias: Tensor | None, batch_dim: int, length_dim: int
-    ) -> Tensor:
+    def _split_heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
+        """``(B, heads, S, D)`` of each of ``count`` projections that lie side by side, views of
+        the ``(B, S, count * E)`` or ``(S, B, count * E)`` tensor."""
+        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
+        heads = projected.unflatten(-1, (count, self.num_heads, self.head_dim)).unbind(2)
+        return tuple([one.permute(order) for one in heads])
+
+    def _append_keys(self, projected: Tensor, bias: Tensor | None) -> Tensor:
         """``projected`` with the learned position and the position of zeros, where asked for."""
-        shape = [1, 1, self.embed_dim]
-        shape[batch_dim] = projected.size(batch_dim)
+        batch, heads, _, width = projected.shape
         parts = [projected]
         if bias is not None:
-            parts.append(bias.to(projected.dtype).expand(shape))
+            bias = bias.to(projected.dtype).reshape(1, heads, 1, width)
+            parts.append(bias.expand(batch, -1, -1, -1))
         if self.add_zero_attn:
-            parts.append(projected.new_zeros(shape))
-        return projected if len(parts) == 1 else torch.cat(parts, dim=length_dim)
-
-    def _split_heads(self, projected: Tensor) -> Tensor:
-        """``(B, heads, S, D)``, a view of ``(B, S, E)`` or ``(S, B, E)``."""
-        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
-        return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
+            parts.append(projected.new_zeros(batch, heads, 1, width))
+        return torch.cat(parts, dim=2)
 
     def forward_nested(
         self,
@@ -346,13 +349,8 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         )
 
     def _packing_sources(self) -> list[Tensor]:
-        projections = (
-            self.in_proj_weight,
-            self.q_proj_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
-        )
-        return [weight for weight in projections if weight is not None]
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [weight for weight in parameters_of(self, names) if weight is not None]
 
     def _compute_packing(self) -> list[Tensor | None]:
         weight = self.in_proj_weight

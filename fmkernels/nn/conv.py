@@ -91,8 +91,13 @@ class _FusedConv(Freezable):
             "packed_weight": packed_weight,
         }
 
-    def _packing_sources(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
+    def _everyday_layer(self, packed_weight: Tensor | None) -> quick.Layer | None:
+        return everyday_layer(
+            self, packed_weight, None, None, self.activation, self.pool, self.backend
+        )
+
+    def _packing_sources(self) -> list[Tensor]:
+        return parameters_of(self, ("weight",))
 
     def _compute_packing(self) -> tuple[Tensor | None]:
         return (pack_conv(self, self.backend),)
@@ -142,14 +147,14 @@ class _ForwardConv(_FusedConv):
         (packed_weight,) = self._packed()
         return None if has_residual else self._everyday_layer(packed_weight)
 
-    def _everyday_layer(self, packed_weight: Tensor | None) -> quick.Layer | None:
-        return everyday_layer(
-            self, packed_weight, None, None, self.activation, self.pool, self.backend
-        )
-
 
 class _TransposedConv(_FusedConv):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        (packed_weight,) = self._packed()
+        if output_size is None:
+            output = everyday_call(self._everyday_layer(packed_weight), input)
+            if output is not None:
+                return output
         output_padding = self._output_padding(
             input,
             output_size,
@@ -168,7 +173,7 @@ class _TransposedConv(_FusedConv):
             output_padding,
             self.groups,
             self.dilation,
-            **self._extras(*self._packed()),
+            **self._extras(packed_weight),
         )
 
 
@@ -327,6 +332,7 @@ def everyday_layer(
         conv.padding_mode,
         activation,
         pool,
+        conv.output_padding if conv.transposed else None,
     )
     if options is None:
         return None

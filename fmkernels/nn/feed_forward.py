@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmkernels import _checks as check
 from fmkernels.functional.feed_forward import feed_forward
-from fmkernels.nn._frozen import Freezable
+from fmkernels.nn._frozen import Freezable, children_of, parameters_of
 from fmkernels.nn._fuse import activation_name, dropout_p, fused_feed_forward, is_hooked
 from fmkernels.nn.linear import Linear
 from fmkernels.ops import _activations
@@ -121,29 +121,27 @@ class FeedForward(Freezable):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Apply the block; ``residual`` (..., d_model) is added to it, in linear2's kernel."""
-        if self.gate is None:
-            return fused_feed_forward(
-                input, self.linear1, self.activation, self.dropout, self.linear2, residual
-            )
-        linears = (self.linear1, self.gate, self.linear2)
-        p = dropout_p(self.dropout)
+        linears = linear1, gate, linear2 = children_of(self, ("linear1", "gate", "linear2"))
+        (dropout,) = children_of(self, ("dropout",))
+        if gate is None:
+            return fused_feed_forward(input, linear1, self.activation, dropout, linear2, residual)
+        p = dropout_p(dropout)
         if p is None or any(type(part) is not Linear or is_hooked(part) for part in linears):
-            hidden = _activations.apply(self.activation, self.gate(input)) * self.linear1(input)
-            output = self.linear2(self.dropout(hidden))
+            hidden = _activations.apply(self.activation, gate(input)) * linear1(input)
+            output = linear2(dropout(hidden))
             return output if residual is None else residual + output
+        gate_weight, gate_bias = parameters_of(gate, ("weight", "bias"))
         return feed_forward(
             input,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
+            *parameters_of(linear1, ("weight", "bias")),
+            *parameters_of(linear2, ("weight", "bias")),
             activation=self.activation,
-            gate_weight=self.gate.weight,
-            gate_bias=self.gate.bias,
+            gate_weight=gate_weight,
+            gate_bias=gate_bias,
             dropout_p=p,
             residual=residual,
-            backend=self.linear1.backend,
-            packed_weights=(*self._packed(), *self.linear2._packed()),
+            backend=linear1.backend,
+            packed_weights=(*self._packed(), *linear2._packed()),
         )
 
     def _packing_sources(self) -> tuple[Tensor, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fmkernels import _checks
 from fmkernels import functional as F
 from fmkernels._dispatch import check_backend_name
-from fmkernels.nn._frozen import Freezable, adopt
+from fmkernels.nn._frozen import Freezable, adopt, parameters_of
 from fmkernels.ops import _activations
+from fmkernels.ops.linear import quick
 from fmkernels.ops.linear.autograd import pack_linear_weight
 
 
@@ -70,17 +71,23 @@ class Linear(Freezable, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         (packed_weight,) = self._packed()
+        weight, bias = parameters_of(self, ("weight", "bias"))
+        output = quick.linear(
+            input, weight, bias, None, packed_weight, self.activation, self.backend
+        )
+        if output is not None:
+            return output
         return F.linear(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             activation=self.activation,
             backend=self.backend,
             packed_weight=packed_weight,
         )
 
-    def _packing_sources(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
+    def _packing_sources(self) -> list[Tensor]:
+        return parameters_of(self, ("weight",))
 
     def _compute_packing(self) -> tuple[Tensor | None]:
         if not self._packs_alone:

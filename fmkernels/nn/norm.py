@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fmkernels import functional as F
 from fmkernels._dispatch import check_backend_name
-from fmkernels.nn._frozen import adopt
+from fmkernels.nn._frozen import adopt, parameters_of
+from fmkernels.ops.norm import quick
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,18 +57,25 @@ class LayerNorm(nn.LayerNorm):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = parameters_of(self, ("weight", "bias"))
+        results = quick.norm(
+            input, None, self.normalized_shape, weight, bias, False, self.eps, False, self.backend
+        )
+        if results is not None:
+            return results[0]
         return F.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, backend=self.backend
+            input, self.normalized_shape, weight, bias, self.eps, backend=self.backend
         )
 
     def forward_sum(self, input: Tensor, residual: Tensor, dropout_p: float) -> tuple:
         """Normalised ``dropout(input) + residual``, and that sum, in one pass."""
+        weight, bias = parameters_of(self, ("weight", "bias"))
         return F.add_layer_norm(
             input,
             residual,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             dropout_p=dropout_p,
             return_sum=True,
@@ -116,6 +124,5 @@ class RMSNorm(nn.RMSNorm):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.rms_norm(
-            input, self.normalized_shape, self.weight, self.eps, backend=self.backend
-        )
+        (weight,) = parameters_of(self, ("weight",))
+        return F.rms_norm(input, self.normalized_shape, weight, self.eps, backend=self.backend)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
-from fmkernels.nn._frozen import adopt
+from fmkernels.nn._frozen import adopt, children_of
 from fmkernels.nn._fuse import (
     ActivationFunction,
     fused_feed_forward,
@@ -105,6 +105,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         UnsupportedError: from forward, when the explicit backend cannot serve the call.
     """
 
+    _PARTS = ("self_attn", "norm1", "norm2", "dropout1", "dropout2")
+
     def __init__(
         self,
         d_model: int,
@@ -169,18 +171,20 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 lambda padded, ignored: self(padded, src_key_padding_mask=ignored), src
             )
         masks = (src_mask, src_key_padding_mask, is_causal)
+        self_attn, norm1, norm2, dropout1, dropout2 = children_of(self, self._PARTS)
         if self.norm_first:
-            normed = self.norm1(src)
-            attend = _attention(self.self_attn, normed, normed, *masks)
-            normed, x = _residual_norm(attend, src, self.dropout1, self.norm2)
-            return _residual(self._feed_forward(normed), x, self.dropout2)
-        attend = _attention(self.self_attn, src, src, *masks)
-        x, _ = _residual_norm(attend, src, self.dropout1, self.norm1)
-        return _residual_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
+            normed = norm1(src)
+            attend = _attention(self_attn, normed, normed, *masks)
+            normed, x = _residual_norm(attend, src, dropout1, norm2)
+            return _residual(self._feed_forward(normed), x, dropout2)
+        attend = _attention(self_attn, src, src, *masks)
+        x, _ = _residual_norm(attend, src, dropout1, norm1)
+        return _residual_norm(self._feed_forward(x), x, dropout2, norm2)[0]
 
     def _feed_forward(self, input: Tensor) -> Sublayer:
+        linear1, dropout, linear2 = children_of(self, ("linear1", "dropout", "linear2"))
         return lambda residual: fused_feed_forward(
-            input, self.linear1, self.activation, self.dropout, self.linear2, residual
+            input, linear1, self.activation, dropout, linear2, residual
         )
 
 
@@ -199,6 +203,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         ValueError: unknown backend.
         UnsupportedError: from forward, when the explicit backend cannot serve the call.
     """
+
+    _PARTS = (
+        *("self_attn", "multihead_attn", "norm1", "norm2", "norm3"),
+        *("dropout1", "dropout2", "dropout3"),
+    )
 
     def __init__(
         self,
@@ -265,22 +274,25 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """See :meth:`torch.nn.TransformerDecoderLayer.forward`."""
+        self_attn, multihead_attn, *others = children_of(self, self._PARTS)
+        norm1, norm2, norm3, dropout1, dropout2, dropout3 = others
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         other = (memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
-            normed = self.norm1(tgt)
-            attend = _attention(self.self_attn, normed, normed, *own)
-            normed, x = _residual_norm(attend, tgt, self.dropout1, self.norm2)
-            attend = _attention(self.multihead_attn, normed, memory, *other)
-            normed, x = _residual_norm(attend, x, self.dropout2, self.norm3)
-            return _residual(self._feed_forward(normed), x, self.dropout3)
-        attend = _attention(self.self_attn, tgt, tgt, *own)
-        x, _ = _residual_norm(attend, tgt, self.dropout1, self.norm1)
-        attend = _attention(self.multihead_attn, x, memory, *other)
-        x, _ = _residual_norm(attend, x, self.dropout2, self.norm2)
-        return _residual_norm(self._feed_forward(x), x, self.dropout3, self.norm3)[0]
+            normed = norm1(tgt)
+            attend = _attention(self_attn, normed, normed, *own)
+            normed, x = _residual_norm(attend, tgt, dropout1, norm2)
+            attend = _attention(multihead_attn, normed, memory, *other)
+            normed, x = _residual_norm(attend, x, dropout2, norm3)
+            return _residual(self._feed_forward(normed), x, dropout3)
+        attend = _attention(self_attn, tgt, tgt, *own)
+        x, _ = _residual_norm(attend, tgt, dropout1, norm1)
+        attend = _attention(multihead_attn, x, memory, *other)
+        x, _ = _residual_norm(attend, x, dropout2, norm2)
+        return _residual_norm(self._feed_forward(x), x, dropout3, norm3)[0]
 
     def _feed_forward(self, input: Tensor) -> Sublayer:
+        linear1, dropout, linear2 = children_of(self, ("linear1", "dropout", "linear2"))
         return lambda residual: fused_feed_forward(
-            input, self.linear1, self.activation, self.dropout, self.linear2, residual
+            input, linear1, self.activation, dropout, linear2, residual
         )
