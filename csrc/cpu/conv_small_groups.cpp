@@ -37,6 +37,31 @@ void run_pixels(const Correlation<T>& p, const Parallel& pool, int64_t threads) 
   });
 }
 
+template <class T>
+using MacOfAcc = std::conditional_t<std::is_same_v<Acc<T>, double>, MacF64, MacF32>;
+
+template <class T, class M>
+void run_planes(const Correlation<T>& p, int64_t threads, const Parallel& pool) {
+  const PlaneRows<T, M> rows(p);
+  // Where there are few images of one group, their rows are shared out.
+  constexpr int64_t kRows = 8, kUnits = 8;
+  const int64_t planes = p.batch * p.groups, height = p.y.out_size;
+  const int64_t parts = planes >= kUnits * threads
+                            ? 1
+                            : max_of<int64_t>(1, min_of(height / kRows, kUnits * threads / planes));
+  const int64_t units = planes * parts;
+  share_out(pool, min_of(threads, units), units, p.moments.sharing(),
+            [&](int64_t shard, int64_t unit) {
+              const int64_t plane = unit / parts, part = unit % parts;
+              const int64_t image = plane / p.groups, group = plane % p.groups;
+              const int64_t y0 = height * part / parts, y1 = height * (part + 1) / parts;
+              rows.run(image, group, y0, y1);
+              if (p.moments.wanted())
+                p.moments.add(shard, image, y0 * p.x.out_size, y1 * p.x.out_size,
+                              group * p.out_channels, (group + 1) * p.out_channels);
+            });
+}
+
 }  // namespace
 
 template <class T>
@@ -59,25 +84,11 @@ bool correlate_small_groups(const Correlation<T>& p, const Parallel& pool) {
                           static_cast<double>(p.channels * p.out_channels * p.y.taps * p.x.taps);
   const int64_t threads = products < kSerialProducts ? 1 : pool.threads;
   if (!p.channels_last) {
-    const PlaneRows<T> rows(p);
-    // Where there are few images of one group, their rows are shared out.
-    constexpr int64_t kRows = 8, kUnits = 8;
-    const int64_t planes = p.batch * p.groups, height = p.y.out_size;
-    const int64_t parts =
-        planes >= kUnits * threads
-            ? 1
-            : max_of<int64_t>(1, min_of(height / kRows, kUnits * threads / planes));
-    const int64_t units = planes * parts;
-    share_out(pool, min_of(threads, units), units, p.moments.sharing(),
-              [&](int64_t shard, int64_t unit) {
-                const int64_t plane = unit / parts, part = unit % parts;
-                const int64_t image = plane / p.groups, group = plane % p.groups;
-                const int64_t y0 = height * part / parts, y1 = height * (part + 1) / parts;
-                rows.run(image, group, y0, y1);
-                if (p.moments.wanted())
-                  p.moments.add(shard, image, y0 * p.x.out_size, y1 * p.x.out_size,
-                                group * p.out_channels, (group + 1) * p.out_channels);
-              });
+    // Pairs of channels where dot products of pairs are there.
+    if (p.channels > 1)
+      run_planes<T, Mac<T>>(p, threads, pool);
+    else
+      run_planes<T, MacOfAcc<T>>(p, threads, pool);
     return true;
   }
   // Wide filters and groups of several channels are worth their code in the types that are used.
