@@ -29,12 +29,14 @@ def attend(
     factors=None,
     first_position=0,
     return_lse=False,
+    return_weights=False,
 ):
     """Four-dimensional operands; fewer key heads are shared.
 
     Args:
         factors: what dropout multiplies the weights by.
         first_position: of the queries.
+        return_weights: also return the weights, after dropout, instead of lse.
     """
     dtype, heads = query.dtype, query.size(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -83,6 +85,8 @@ def attend(
     if wide != dtype:
         rounding = output.to(wide) - weights.to(wide) @ values.to(wide)
         output = output - (rounding.detach() * (lse - lse.detach()).unsqueeze(-1)).to(dtype)
+    if return_weights:
+        return output, weights.to(dtype)
     return (output, lse + common.squeeze(-1) if common.dim() else lse) if return_lse else output
 
 

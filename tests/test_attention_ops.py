@@ -12,7 +12,7 @@ from fmkernels import testing
 from fmkernels.ops import _dropout
 from fmkernels.ops.attention import reference
 from fmkernels.ops.attention.backends import SDPA
-from fmkernels.ops.attention.schema import Options
+from fmkernels.ops.attention.schema import Options, empty_weights
 
 BACKENDS = testing.available_backends(SDPA, torch.zeros(1, 1, 1, 1), Options())
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -79,6 +79,13 @@ def backward_arguments(operands, options, output, lse, need_all):
     return (output, grad_lse, *operands, output, lse, *options, *needs)
 
 
+def weights_backward_arguments(operands, options, output, lse, average):
+    weights = torch.rand_like(empty_weights(*operands[:2], average))
+    output, _, *rest = backward_arguments(operands, options, output, lse, True)
+    count = 5 + len(Options._fields)  # operands, output, lse and options
+    return (output, weights, *rest[:count], average, *rest[count:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.dtype_name)
 @pytest.mark.parametrize("name", ["plain", "gqa", "value_width"])
 @layouts
@@ -92,6 +99,12 @@ def test_fakes_agree_with_the_reference(name, layout, dtype, kind):
     for need_all in (True, False):
         arguments = backward_arguments(operands, options, output, lse, need_all)
         assert_same_metadata(ops.sdpa_backward, arguments, reference.sdpa_backward(*arguments))
+    for average in (True, False):
+        arguments = (*operands, *options, average)
+        assert_same_metadata(ops.sdpa_weights, arguments, reference.sdpa_weights(*arguments))
+        arguments = weights_backward_arguments(operands, options, output, lse, average)
+        real = reference.sdpa_weights_backward(*arguments)
+        assert_same_metadata(ops.sdpa_weights_backward, arguments, real)
     arguments = (*operands[:2], *options)
     assert_same_metadata(ops.sdpa_statistics, arguments, reference.sdpa_statistics(*arguments))
 
@@ -127,6 +140,11 @@ def test_opcheck(name, layout, dtype, kind):
     for need_all in (True, False):
         backward = backward_arguments(operands, options, output, lse, need_all)
         torch.library.opcheck(ops.sdpa_backward.default, backward, test_utils=checks)
+    for average in (True, False):
+        forward = (*operands, *options, average)
+        torch.library.opcheck(ops.sdpa_weights.default, forward, test_utils=checks)
+        backward = weights_backward_arguments(operands, options, output, lse, average)
+        torch.library.opcheck(ops.sdpa_weights_backward.default, backward, test_utils=checks)
 
 
 @backends

@@ -80,9 +80,12 @@ struct AttentionForward {
 
 struct AttentionBackward {
   AttentionProblem problem;
-  AttentionOperand grad_output, output;              // rows of Dv
-  const void* grad_lse;                              // [B][Hq][Sq] as lse, or null: zero
-  const void* lse;                                   // [B][Hq][Sq] from the forward pass
+  AttentionOperand grad_output, output;  // rows of Dv
+  const void* grad_lse;                  // [B][Hq][Sq] as lse, or null: zero
+  const void* lse;                       // [B][Hq][Sq] from the forward pass
+  // Of the weights after dropout, storage type, any strides; data null: zero. Times the factor.
+  AttentionMask grad_weights;
+  double grad_weights_factor;
   AttentionResult grad_query, grad_key, grad_value;  // data null where not wanted
   // Null where not wanted. Of the mask as it is given, in the compute type: element (b, head,
   // query, key) has the mask's strides as if it were contiguous, 0 where it broadcasts.
@@ -103,6 +106,17 @@ struct AttentionStatistics {
   void* lse;
 };
 
+// Not for packed sequences.
+struct AttentionWeights {
+  AttentionProblem problem;
+  AttentionResult output;  // as in AttentionForward, and lse
+  void* lse;
+  // Contiguous [B][Hq][Sq][Sk] of the storage type: the weights after dropout; 0 where a query does
+  // not see the key. Or their mean over the heads, [B][Sq][Sk].
+  void* weights;
+  bool average;
+};
+
 // A few queries at the end of each sequence of a cache.
 struct AttentionCached {
   AttentionProblem problem;  // queries per sequence; keys: the capacity; key and value: the caches
@@ -118,6 +132,7 @@ struct AttentionKernels {
   void (*backward)(const AttentionBackward&, const Parallel&);
   void (*cached)(const AttentionCached&, const Parallel&);
   void (*statistics)(const AttentionStatistics&, const Parallel&);
+  void (*weights)(const AttentionWeights&, const Parallel&);
 };
 
 FMK_KERNEL_TABLE(AttentionKernels, attention_kernels)

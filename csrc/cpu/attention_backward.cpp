@@ -8,6 +8,9 @@
 // A thread owns a key head, or a share of its queries, so nothing is added to concurrently. Sums
 // are kept in the compute type until the end. With dropout factors Z, dV += (Z P)^T dO and dP is
 // multiplied by Z; dS is the gradient of masks and slopes, before the derivative of the softcap.
+//
+// A gradient dW of the weights themselves is added to dP, before Z. rowsum(Z P * dW) then belongs
+// to delta, and takes a pass of its own over the keys.
 #include "cpu/attention_gradients.h"
 #include "cpu/reduce.h"
 
@@ -38,7 +41,8 @@ class BackwardPass {
         need_plain_(backward.grad_mask),
         need_sums_(backward.grad_slopes || backward.grad_sinks),
         need_grad_scores_(backward.grad_query.data || backward.grad_key.data || need_plain_ ||
-                          need_sums_) {}
+                          need_sums_),
+        need_weight_grads_(need_grad_scores_ && backward.grad_weights.data) {}
 
   int64_t heads() const { return heads_; }
   // Work of one key head, in arbitrary units.
@@ -118,7 +122,8 @@ class BackwardPass {
     E *key_sums, *value_sums;          // [keys + kRowsPerTile][key_ld], [..][value_ld]
     Word<T>*key_copy, *value_copy, *key_panel_copy;
     typename MaskBlock<T>::Buffers mask;
-    E *dropout, *derivative, *plain;  // [kKeyBlock + kMaxTileRows][lanes], where needed
+    E *dropout, *derivative, *plain;     // [kKeyBlock + kMaxTileRows][lanes], where needed
+    E *weight_grad_rows, *weight_grads;  // [lanes][kKeyBlock] and transposed, where needed
     OptionGradients<E> options;
     WordRows keys, values;
     PanelRows<O> key_panel;
@@ -160,6 +165,10 @@ class BackwardPass {
       if (p_.dropout.active) b.dropout = carver.take<E>(kBlockNumbers);
       if (scaling_.cap > 0) b.derivative = carver.take<E>(kBlockNumbers);
       if (need_plain_) b.plain = carver.take<E>(kBlockNumbers);
+      if (need_weight_grads_) {
+        b.weight_grad_rows = carver.take<E>(kKeyBlock * kLanes);
+        b.weight_grads = carver.take<E>(kKeyBlock * kLanes);
+      }
     };
     Carver carver;
     carve(carver);
@@ -231,11 +240,12 @@ class BackwardPass {
       grad_rows = rows_as_panel(grads, block.rows, p_.value_dim, b.grad_copy);
     alignas(64) E lse[kMaxLanes<V>], delta[kMaxLanes<V>];
     read_row_terms(block, grads, lse, delta);
+    const int64_t step = key_block_size(block.any_end - block.any_begin, kKeyBlock);
+    if (need_weight_grads_) add_weight_terms(block, step, lse, b, delta);
     RowSums<double> sums[kMaxLanes<V>] = {};
     LaneSums<V> lane_sums;
 
     bool started = false;
-    const int64_t step = key_block_size(block.any_end - block.any_begin, kKeyBlock);
     for (int64_t key0 = block.any_begin; key0 < block.any_end; key0 += step) {
       const int64_t count = min_of(step, block.any_end - key0);
       MaskBlock<T> mask;
@@ -250,6 +260,11 @@ class BackwardPass {
                                 return StoreAccumulators<V>{b.grad_probs + k * lanes + j * V::W,
                                                             lanes};
                               });
+      if (need_weight_grads_) {
+        read_weight_grads(block, key0, count, b);
+        for (int64_t i = 0; i < count * lanes; i += V::W)
+          store(b.grad_probs + i, load(b.grad_probs + i) + load(b.weight_grads + i));
+      }
       if (need_sums_) start_lane_sums(block, key0, lane_sums);
       probabilities_block<O>({b.scores, b.grad_probs, lse, delta, scaling_.unit, need_grad_scores_,
                               b.dropout, b.derivative, b.plain, need_sums_ ? &lane_sums : nullptr,
@@ -308,6 +323,51 @@ class BackwardPass {
       }
       delta[row] = reduce_add(sum);
       if (backward_.grad_lse) delta[row] -= static_cast<const E*>(backward_.grad_lse)[at];
+    }
+  }
+
+  // The gradients of the weights of keys [key0, key0 + count): b.weight_grads[count][lanes].
+  void read_weight_grads(const QueryBlock& block, int64_t key0, int64_t count,
+                         const Buffers& b) const {
+    const AttentionMask& grads = backward_.grad_weights;
+    const E factor = static_cast<E>(backward_.grad_weights_factor);
+    for (int row = 0; row < block.rows; ++row) {
+      const T* from = static_cast<const T*>(grads.data) + block.batch * grads.batch +
+                      block.head_of(row) * grads.head + block.position_of(row) * grads.query +
+                      key0 * grads.key;
+      E* to = b.weight_grad_rows + row * count;
+      if (grads.key == 1)
+        convert(from, to, count);
+      else
+        for (int64_t k = 0; k < count; ++k) to[k] = widen(from[k * grads.key]);
+      for (int64_t k = 0; k < count; ++k) to[k] *= factor;
+    }
+    pack_columns_as_panel(b.weight_grad_rows, count, count, block.rows, block.vecs * V::W,
+                          b.weight_grads);
+  }
+
+  // Adds rowsum(P * dW) to delta, over blocks of `step` keys.
+  void add_weight_terms(const QueryBlock& block, int64_t step, const E* lse, const Buffers& b,
+                        E* delta) const {
+    const int64_t lanes = block.vecs * V::W;
+    const V unit = splat(scaling_.unit);
+    for (int64_t key0 = block.any_begin; key0 < block.any_end; key0 += step) {
+      const int64_t count = min_of(step, block.any_end - key0);
+      MaskBlock<T> mask;
+      if (p_.mask.data && !mask.read(p_.mask, block, key0, count, b.mask)) continue;
+      alignas(64) E maximum[kMaxLanes<V>] = {};
+      score_block<T>(p_, queries_, b.keys, key0, count, block, b.query_panel, scaling_, mask,
+                     b.scores, nullptr, maximum);
+      if (p_.dropout.active) dropout_factors<V>(p_, block, key0, count, b.dropout);
+      read_weight_grads(block, key0, count, b);
+      for (int64_t k = 0; k < count; ++k) {
+        for (int j = block.hidden_vecs(key0 + k, V::W); j < block.vecs; ++j) {
+          const int64_t at = k * lanes + j * V::W;
+          V x = probability<O>(load(b.scores + at), unit, load(lse + j * V::W));
+          if (p_.dropout.active) x = x * load(b.dropout + at);
+          store(delta + j * V::W, fma(x, load(b.weight_grads + at), load(delta + j * V::W)));
+        }
+      }
     }
   }
 
@@ -398,7 +458,7 @@ class BackwardPass {
   const int64_t key_ld_, value_ld_;      // numbers from row to row of the sums
   const int64_t key_sums_, value_sums_;  // numbers of all rows
   const int64_t heads_, blocks_per_head_;
-  const bool need_plain_, need_sums_, need_grad_scores_;
+  const bool need_plain_, need_sums_, need_grad_scores_, need_weight_grads_;
 };
 
 // The backward pass of sequence n of packed ones.

@@ -172,7 +172,7 @@ void forward(const AttentionForward& p, const Parallel& pool) {
 
 const AttentionKernels& attention_kernels() {
   static constexpr AttentionKernels table{&forward, &attention_backward, &attention_cached,
-                                          &attention_statistics};
+                                          &attention_statistics, &attention_weights};
   return table;
 }
 

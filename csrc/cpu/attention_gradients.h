@@ -63,6 +63,16 @@ struct ScoreGradients {
   Word<O>* grad_score_words;
 };
 
+// P of a vector of scores; lse as an exponent of 2.
+template <class O, class V>
+FMK_INLINE V probability(V score, V unit, V lse) {
+  const V x = fma(score, unit, zero<V>() - lse);
+  if constexpr (Mac<O>::kPair == 2)
+    return exp2_nonpositive_coarse(x);
+  else
+    return exp2_nonpositive(x);
+}
+
 // scores -> P, and grad_probs -> dS, for keys [key0, key0 + count). As rows of O, with zeros up to
 // a whole number of tiles; dS also as words along the keys.
 template <class O>
@@ -84,11 +94,7 @@ FMK_NOINLINE void probabilities_block(const ScoreGradients<O>& g, int64_t key0, 
         const int64_t at = (k + i) * lanes + j * V::W;
         V p = zero<V>(), plain = zero<V>();
         if (j >= hidden && k + i < count) {
-          const V x = fma(load(g.scores + at), unit, zero<V>() - lse);
-          if constexpr (kPair == 2)
-            p = exp2_nonpositive_coarse(x);
-          else
-            p = exp2_nonpositive(x);
+          p = probability<O>(load(g.scores + at), unit, lse);
           if (g.need_grad_scores) {
             V grad = load(g.grad_probs + at);
             if (g.dropout) grad = grad * load(g.dropout + at);

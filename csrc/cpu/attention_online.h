@@ -53,6 +53,7 @@ struct alignas(64) Running {
   E reference[kMaxLanes<V>];  // the exponent taken as 0
   E sum[kMaxLanes<V>];        // of 2^(exponent - reference)
   E decay[kMaxLanes<V>];      // what the last block scales sum and output by
+  E factor[kMaxLanes<V>];     // in the end, what makes weights of the exponentials
 
   void start() {
     for (int lane = 0; lane < kMaxLanes<V>; ++lane) {
@@ -169,10 +170,10 @@ FMK_NOINLINE void finish_queries(const AttentionProblem& p, const AttentionResul
                                  int64_t ld, bool started, Running<Vec<T>>& running) {
   using V = Vec<T>;
   using E = Acc<T>;
-  alignas(64) E factor[kMaxLanes<V>];
   for (int row = 0; row < block.rows; ++row) running.decay[row] = 1;
   if (p.sinks) add_sinks<V>(p, block, running);
-  for (int row = 0; row < block.rows; ++row) factor[row] = running.decay[row] / running.sum[row];
+  for (int row = 0; row < block.rows; ++row)
+    running.factor[row] = running.decay[row] / running.sum[row];
   E* lse = running.decay;
   std::memcpy(lse, running.sum, sizeof running.sum);
   log_lanes(lse, block.vecs * V::W);
@@ -184,7 +185,7 @@ FMK_NOINLINE void finish_queries(const AttentionProblem& p, const AttentionResul
     if (empty || !started)
       std::memset(static_cast<void*>(to), 0, p.value_dim * sizeof(T));
     else
-      store_row(out + row * ld, factor[row], p.value_dim, to);
+      store_row(out + row * ld, running.factor[row], p.value_dim, to);
     static_cast<E*>(lse_out)[row_index(p, block.batch, head, position)] =
         empty ? E(-__builtin_inf()) : running.reference[row] * static_cast<E>(kLn2) + lse[row];
   }

@@ -11,6 +11,7 @@ namespace fmk::FMK_ISA {
 void attention_backward(const AttentionBackward& p, const Parallel& pool);
 void attention_cached(const AttentionCached& p, const Parallel& pool);
 void attention_statistics(const AttentionStatistics& p, const Parallel& pool);
+void attention_weights(const AttentionWeights& p, const Parallel& pool);
 
 namespace {
 

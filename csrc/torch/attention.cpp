@@ -162,6 +162,11 @@ AttentionResult result(const Tensor& tensor) {
   return {mutable_data_of(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+std::vector<int64_t> weights_shape(const AttentionProblem& p, bool average) {
+  if (average) return {p.batch, p.queries, p.keys};
+  return {p.batch, p.heads, p.queries, p.keys};
+}
+
 // The output of the op: laid out as the query.
 Tensor allocate_output(const Tensor& query, const AttentionProblem& p) {
   const std::vector<int64_t> shape{p.batch, p.heads, p.queries, p.value_dim};
@@ -213,6 +218,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_statistics(
   return {entropy, top_key, top_weight, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> sdpa_weights(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& dropout_seed, int64_t window_left, int64_t window_right, double scale,
+    double softcap, double dropout_p, bool average) {
+  FMK_CHECK(!cu_seqlens_q && !cu_seqlens_k, "cu_seqlens_q: expected no packed sequences");
+  AttentionWeights p{};
+  p.problem = problem_of(query, key, value,
+                         {attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+                          window_left, window_right, scale, softcap, dropout_p});
+  const AttentionProblem& q = p.problem;
+  FMK_CHECK(!average || q.heads > 0, "query: expected at least one head to average over");
+  Tensor output = allocate_output(query, q);
+  Tensor weights = allocate(query, weights_shape(q, average));
+  Tensor lse = allocate(query, {q.batch, q.heads, q.queries}, lse_type(q.dtype));
+  p.output = result(output);
+  p.lse = mutable_data_of(lse);
+  p.weights = mutable_data_of(weights);
+  p.average = average;
+  attention_kernels().weights(p, torch_pool());
+  return {output, weights, lse};
+}
+
 // Zeros of the compute type, for sums.
 Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, DType dtype) {
   Tensor tensor = allocate(like, shape, lse_type(dtype));
@@ -233,19 +262,36 @@ Tensor allocate_grad_mask(const Tensor& query, const Tensor& mask, AttentionBack
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sdpa_backward(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const Tensor& output, const Tensor& lse,
-    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t window_left,
-    int64_t window_right, double scale, double softcap, double dropout_p, bool need_query,
-    bool need_key, bool need_value, bool need_mask, bool need_slopes, bool need_sinks) {
-  AttentionBackward p{};
-  p.problem = problem_of(query, key, value,
-                         {attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_seed,
-                          window_left, window_right, scale, softcap, dropout_p});
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Which gradients are wanted, in the ops' order.
+struct Needs {
+  bool query, key, value, mask, slopes, sinks;
+};
+
+void set_grad_weights(const Tensor& grad, const Tensor& query, bool average, AttentionBackward& p) {
   const AttentionProblem& q = p.problem;
+  FMK_CHECK(!q.query_offsets, "cu_seqlens_q: expected no packed sequences");
+  FMK_CHECK(!average || q.heads > 0, "query: expected at least one head to average over");
+  check_like(grad, "grad_weights", query, "query");
+  check_shape(grad, "grad_weights", weights_shape(q, average));
+  const int64_t head = average ? 0 : grad.stride(1);
+  p.grad_weights = {data_of(grad), AttentionMask::Kind::kStorage, grad.stride(0),
+                    head,          grad.stride(average ? 1 : 2),  grad.stride(average ? 2 : 3)};
+  p.grad_weights_factor = average ? 1.0 / static_cast<double>(q.heads) : 1.0;
+}
+
+Gradients backward(const Tensor& grad_output, const OptionalTensor& grad_lse,
+                   const OptionalTensor& grad_weights, bool average, const Tensor& query,
+                   const Tensor& key, const Tensor& value, const Tensor& output, const Tensor& lse,
+                   const Options& options, const Needs& need) {
+  const auto [need_query, need_key, need_value, need_mask, need_slopes, need_sinks] = need;
+  const OptionalTensor &attn_mask = options.attn_mask, &alibi_slopes = options.alibi_slopes;
+  const OptionalTensor& sinks = options.sinks;
+  AttentionBackward p{};
+  p.problem = problem_of(query, key, value, options);
+  const AttentionProblem& q = p.problem;
+  if (grad_weights) set_grad_weights(*grad_weights, query, average, p);
   const std::vector<int64_t> rows{q.batch, q.heads, q.queries};
   const std::vector<int64_t> output_shape{q.batch, q.heads, q.queries, q.value_dim};
   p.grad_output = operand(grad_output, "grad_output", query, output_shape);
@@ -282,6 +328,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sdpa_backward(
   attention_kernels().backward(p, torch_pool());
   if (need_mask) grad_mask = torch::stable::to(grad_mask, attn_mask->scalar_type());
   return {grad_query, grad_key, grad_value, grad_mask, grad_slopes, grad_sinks};
+}
+
+Gradients sdpa_backward(const Tensor& grad_output, const OptionalTensor& grad_lse,
+                        const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& output, const Tensor& lse, const OptionalTensor& attn_mask,
+                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                        const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                        const OptionalTensor& dropout_seed, int64_t window_left,
+                        int64_t window_right, double scale, double softcap, double dropout_p,
+                        bool need_query, bool need_key, bool need_value, bool need_mask,
+                        bool need_slopes, bool need_sinks) {
+  return backward(grad_output, grad_lse, std::nullopt, false, query, key, value, output, lse,
+                  {attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+                   window_left, window_right, scale, softcap, dropout_p},
+                  {need_query, need_key, need_value, need_mask, need_slopes, need_sinks});
+}
+
+Gradients sdpa_weights_backward(
+    const Tensor& grad_output, const Tensor& grad_weights, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& output, const Tensor& lse, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& dropout_seed, int64_t window_left, int64_t window_right, double scale,
+    double softcap, double dropout_p, bool average, bool need_query, bool need_key, bool need_value,
+    bool need_mask, bool need_slopes, bool need_sinks) {
+  return backward(grad_output, std::nullopt, grad_weights, average, query, key, value, output, lse,
+                  {attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+                   window_left, window_right, scale, softcap, dropout_p},
+                  {need_query, need_key, need_value, need_mask, need_slopes, need_sinks});
 }
 
 // --- the cache ---
@@ -413,6 +488,8 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("sdpa_forward", TORCH_BOX(&sdpa_forward));
   m.impl("sdpa_backward", TORCH_BOX(&sdpa_backward));
   m.impl("sdpa_statistics", TORCH_BOX(&sdpa_statistics));
+  m.impl("sdpa_weights", TORCH_BOX(&sdpa_weights));
+  m.impl("sdpa_weights_backward", TORCH_BOX(&sdpa_weights_backward));
   m.impl("sdpa_cached", TORCH_BOX(&sdpa_cached));
   m.impl("kv_cache_append", TORCH_BOX(&kv_cache_append));
 }

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fmkernels import functional as F
 from fmkernels._replace import hub_layers
-from fmkernels.functional.attention import attention_with_weights
 from fmkernels.ops import _activations
 
 IMPLEMENTATION = "fmkernels"
@@ -229,41 +228,20 @@ def attention_forward(
         causal = False
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
+    options = {
+        "attn_mask": mask,
+        "dropout_p": dropout,
+        "is_causal": causal,
+        "scale": scaling,
+        "enable_gqa": key.size(1) != query.size(1),
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
     if output_attentions:
-        if causal:
-            mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-        output, weights = _with_weights(query, key, value, mask, dropout, scaling)
+        output, weights = F.attention_with_weights(query, key, value, **options)
         return output.transpose(1, 2).contiguous(), weights
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        mask,
-        dropout,
-        causal,
-        scaling,
-        enable_gqa=key.size(1) != query.size(1),
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    output = F.scaled_dot_product_attention(query, key, value, **options)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-) -> tuple[Tensor, Tensor]:
-    repeats = query.size(1) // key.size(1)
-    key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    if scaling is not None:
-        query = query * (scaling * query.size(-1) ** 0.5)
-    if mask is not None:
-        mask = mask.expand(*query.shape[:-1], key.size(2))
-    return attention_with_weights(query, key, value, mask, dropout)
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, length: int, keys: int) -> Tensor:

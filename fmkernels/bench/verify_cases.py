@@ -549,6 +549,9 @@ def attention_cases() -> Iterator[Case]:
     yield _sdpa_options("window, softcap, ALiBi, sinks", window=(9, 4), softcap=2.0)
     yield _sdpa_options("causal window, softcap, ALiBi, sinks", window=(6, 0), softcap=2.0)
     yield _sdpa_options("gradient of a mask, sinks, ALiBi", mask=True)
+    for average in (False, True):
+        yield _with_weights("2x4/2x33x24 of 45 keys", average)
+        yield _with_weights("bool mask 1x3x70x16 of 300 keys", average, masked=True)
     yield _varlen("packed sequences of 5, 1, 40 and 17", (5, 1, 40, 17))
 
 
@@ -575,6 +578,36 @@ def _sdpa_options(name: str, mask: bool = False, **options) -> Case:
             **x, **options, enable_gqa=True, backend=backend
         ),
         lambda x: attend(**x, **options),
+    )
+
+
+def _with_weights(name: str, average: bool, masked: bool = False) -> Case:
+    batch, heads, shared, queries, keys, width = (
+        (1, 3, 3, 70, 300, 16) if masked else (2, 4, 2, 33, 45, 24)
+    )
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(40) if masked else None
+
+    def make(generator: torch.Generator) -> Named:
+        draw = partial(_normal, generator)
+        return {
+            "query": draw(batch, heads, queries, width),
+            "key": draw(batch, shared, keys, width),
+            "value": draw(batch, shared, keys, width),
+        }
+
+    def exact(x: Named) -> tuple[Tensor, Tensor]:
+        output, weights = attend(**x, attn_mask=mask, return_weights=True)
+        return output, weights.mean(1) if average else weights
+
+    return Case(
+        "attention",
+        "weights",
+        f"{name}{', their mean' if average else ''}",
+        make,
+        lambda x, backend: functional.attention_with_weights(
+            **x, attn_mask=mask, enable_gqa=True, average=average, backend=backend
+        ),
+        exact,
     )
 
 

@@ -269,6 +269,21 @@ def _with_our_window(module: Windowed) -> Attention:
     return Attention(functional.scaled_dot_product_attention, window=window)
 
 
+class SelfAttention(nn.Module):
+    """A layer as most callers use it: with the weights, averaged over heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def _self_attention(batch: int, length: int, width: int, heads: int) -> tuple[nn.Module, Inputs]:
+    return SelfAttention(width, heads), (torch.randn(batch, length, width),)
+
+
 def _encoder_layer(batch: int, length: int, width: int) -> tuple[nn.Module, Inputs]:
     layer = nn.TransformerEncoderLayer(
         width, width // 64, 4 * width, dropout=0.0, batch_first=True
@@ -478,6 +493,19 @@ WORKLOADS: tuple[Workload, ...] = (
             modes=("inference",),
         )
         for keys in (2048, 4096, 8192)
+    ),
+    *(
+        attention(
+            f"multihead with weights {batch}x{length}x{width}, {heads} heads",
+            build=partial(_self_attention, batch, length, width, heads),
+            quick=length == 128,
+        )
+        for batch, length, width, heads in (
+            (1, 16, 64, 4),
+            (8, 128, 512, 8),
+            (1, 512, 768, 12),
+            (4, 1024, 512, 8),
+        )
     ),
     attention(
         "encoder layer 8x128x512",

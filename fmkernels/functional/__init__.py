@@ -3,6 +3,7 @@
 from fmkernels.functional.attention import (
     AttentionStatistics,
     attention_statistics,
+    attention_with_weights,
     scaled_dot_product_attention,
 )
 from fmkernels.functional.cached_attention import attention_with_kv_cache
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionStatistics",
     "attention_statistics",
     "attention_with_kv_cache",
+    "attention_with_weights",
     "avg_pool2d",
     "causal_conv1d",
     "conv1d",

@@ -262,30 +262,70 @@ def attention_with_weights(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
     *,
+    average: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`scaled_dot_product_attention` that also returns the weights it otherwise never holds.
 
-    Takes four-dimensional query, key and value with the same batch and heads, and a mask that is
-    four-dimensional; only the reference backend serves it.
+    Takes that function's arguments, but no nested tensors.
+
+    Args:
+        average: return the mean of the weights over the heads, of which there must be at least
+            one. The CPU's kernel then holds no weights of single heads, neither in the forward
+            nor in the backward pass.
 
     Returns:
-        output ``(B, H, Sq, Dv)`` and weights ``(B, H, Sq, Sk)``, after dropout; the weights of a
-        query that sees no key are 0.
+        output ``(..., Hq, Sq, Dv)`` and weights ``(..., Hq, Sq, Sk)``, with ``average``
+        ``(..., Sq, Sk)``, in the query's dtype and after dropout; 0 where a query does not see the
+        key. Differentiable once, with respect to every floating-point tensor and through both
+        results.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is invalid; the message names it.
-        UnsupportedError: another backend was asked for.
+        UnsupportedError: the explicit backend cannot serve the call.
     """
-    common.check_operands(query, key, value, False)
-    for name, operand in (("query", query), ("key", key), ("value", value)):
-        check.rank(name, operand, 4)
-        check.shape(name, operand, (*query.shape[:2], *operand.shape[2:]), "the query's first two")
-    if attn_mask is not None:
-        common.check_mask(attn_mask, query, (*query.shape[:-1], key.size(-2)))
-        check.rank("attn_mask", attn_mask, 4)
-    options = common.options_of(
-        query, tuple(query.shape[:2]), attn_mask=attn_mask, dropout_p=dropout_p
+    if (
+        type(average) is bool
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and enable_gqa is False
+        and window is softcap is alibi_slopes is sinks is None
+    ):
+        results = quick.attention_with_weights(
+            query, key, value, attn_mask, is_causal, scale, average, backend
+        )
+        if results is not None:
+            return results
+    check.boolean("average", average)
+    problem = _problem(
+        query,
+        key,
+        value,
+        attn_mask,
+        enable_gqa,
+        is_causal,
+        dropout_p=dropout_p,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
     )
-    return autograd.attention_with_weights(query, key, value, options, backend)
+    leading = problem.leading
+    if average and (not leading or leading[-1] == 0):
+        raise ValueError(f"query must have heads to average over, got {check.describe(query)}")
+    output, weights = autograd.attention_with_weights(
+        problem.query, problem.key, problem.value, problem.options, average, backend
+    )
+    if len(leading) != 2:
+        output = output.reshape(*leading, *output.shape[-2:])
+        weights = weights.reshape(*(leading[:-1] if average else leading), *weights.shape[-2:])
+    return output, weights

@@ -57,7 +57,8 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
 
     Vaswani et al. 2017, section 3.2.2. Self-attention projects query, key and value in one
     product, and the attention kernel reads the heads from where that product left them. Where the
-    weights are wanted (``need_weights=True``, torch's default) the reference computes them.
+    weights are wanted (``need_weights=True``, torch's default), their mean over the heads is added
+    up without holding those of single heads.
 
     A query that sees no key attends to nothing: its output before the output projection, and its
     weights, are 0 (torch: NaN with ``need_weights``, 0 without).
@@ -207,8 +208,9 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
+            average = bool(average_attn_weights)
             output, weights = attention_with_weights(
-                q, k, v, mask, dropout_p, backend=self.backend
+                q, k, v, mask, dropout_p, average=average, backend=self.backend
             )
         else:
             output = scaled_dot_product_attention(
@@ -217,8 +219,6 @@ class MultiheadAttention(Freezable, nn.MultiheadAttention):
         (out_proj,) = children_of(self, ("out_proj",))
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
         output = fused_linear(out_proj, output.flatten(2), residual=residual)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
         if not batched:
             output = output.squeeze(batch_dim)
             weights = None if weights is None else weights.squeeze(0)

@@ -10,11 +10,11 @@ from fmkernels.ops import _dropout
 from fmkernels.ops._activations import opmath_dtype
 from fmkernels.ops._autocast import autocast_off
 from fmkernels.ops._autograd import cast_for_autocast, needs_graph, once_differentiable
-from fmkernels.ops.attention import reference
-from fmkernels.ops.attention.backends import APPEND, CACHED, SDPA, STATISTICS
+from fmkernels.ops.attention.backends import APPEND, CACHED, SDPA, STATISTICS, WEIGHTS
 from fmkernels.ops.attention.schema import Options
 
-OP_NAME = "scaled_dot_product_attention"  # in messages and decisions
+# In messages and decisions.
+OP_NAME, WEIGHTS_OP_NAME = "scaled_dot_product_attention", "attention_with_weights"
 
 _FIELDS = len(Options._fields)
 _TENSOR_OPTIONS = 6
@@ -55,6 +55,41 @@ class _Attention(torch.autograd.Function):
                 *needed,
             )
         return (
+            None,
+            *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
+            *(None,) * (_FIELDS - _DIFFERENTIABLE_OPTIONS),
+        )
+
+
+class _AttentionWithWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, average, query, key, value, *options):
+        output, weights, lse = WEIGHTS[backend].forward(query, key, value, *options, average)
+        options = Options(*options)
+        ctx.save_for_backward(query, key, value, output, lse, *options[:_TENSOR_OPTIONS])
+        ctx.set_materialize_grads(False)
+        ctx.numbers = options[_TENSOR_OPTIONS:]
+        ctx.backend, ctx.average = backend, average
+        return output, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_weights):
+        if grad_output is None and grad_weights is None:
+            return (None,) * (5 + _FIELDS)
+        query, key, value, output, lse, *tensor_options = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2 : 5 + _DIFFERENTIABLE_OPTIONS]
+        grad_output = torch.zeros_like(output) if grad_output is None else unit_stride(grad_output)
+        inputs = (query, key, value, output, lse, *tensor_options, *ctx.numbers)
+        with autocast_off(query.device.type):
+            if grad_weights is None:
+                grads = SDPA[ctx.backend].backward(grad_output, None, *inputs, *needed)
+            else:
+                grads = WEIGHTS[ctx.backend].backward(
+                    grad_output, grad_weights, *inputs, ctx.average, *needed
+                )
+        return (
+            None,
             None,
             *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
             *(None,) * (_FIELDS - _DIFFERENTIABLE_OPTIONS),
@@ -127,14 +162,29 @@ def run(
 
 
 def attention_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    average: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`attention`, returning output and weights ``(B, Hq, Sq, Sk)``: reference only."""
+    """As :func:`attention`, returning output and the weights as ``sdpa_weights`` does."""
     query, key, value, options = _prepared(query, key, value, options)
-    only_reference = {"reference": SDPA["reference"]}
-    select("attention_with_weights", only_reference, backend, query, options)
+    name, _ = select(WEIGHTS_OP_NAME, WEIGHTS, backend, query, options)
     with autocast_off(query.device.type):
-        output, weights, _ = reference.attention_with_weights(query, key, value, options)
+        return run_with_weights(name, query, key, value, options, average)
+
+
+def run_with_weights(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, options: Options, average: bool
+) -> tuple[Tensor, Tensor]:
+    """As :func:`run`, for :func:`attention_with_weights`."""
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    if needs_graph(query, key, value, *options[:_DIFFERENTIABLE_OPTIONS]):
+        operands = _distinct(query, key, value, *options[:_TENSOR_OPTIONS])
+        return _AttentionWithWeights.apply(backend, average, *operands, *options[_TENSOR_OPTIONS:])
+    output, weights, _ = WEIGHTS[backend].forward(query, key, value, *options, average)
     return output, weights
 
 

@@ -16,12 +16,17 @@ _WIDEST_HEAD = 512
 _TRITON = "fmkernels.ops.attention.triton"
 _TRITON_CACHE = "fmkernels.ops.attention.triton_cache"
 _NATIVE = native_ops_support("sdpa_forward", "sdpa_backward")
+_NATIVE_WEIGHTS = native_ops_support("sdpa_weights", "sdpa_weights_backward", "sdpa_backward")
 _NATIVE_STATISTICS = native_ops_support("sdpa_statistics")
 _NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
 
 
 def _cpu_supports(query: Tensor, options: Options = PLAIN) -> Support:
     return _cpu_serves(native_cpu_support(query, _NATIVE), query, options)
+
+
+def _cpu_weights_supports(query: Tensor, options: Options = PLAIN) -> Support:
+    return _cpu_serves(native_cpu_support(query, _NATIVE_WEIGHTS), query, options)
 
 
 def _cpu_statistics_supports(query: Tensor, options: Options) -> Support:
@@ -74,6 +79,21 @@ SDPA = {
         supports=_reference_supports,
         forward=reference.sdpa_forward,
         backward=reference.sdpa_backward,
+    ),
+}
+
+
+# With the weights as a result; where these have no gradient, SDPA's backward serves.
+WEIGHTS = {
+    "cpu": Backend(
+        supports=_cpu_weights_supports,
+        forward=torch.ops.fmkernels.sdpa_weights.default,
+        backward=torch.ops.fmkernels.sdpa_weights_backward.default,
+    ),
+    "reference": Backend(
+        supports=_reference_supports,
+        forward=reference.sdpa_weights,
+        backward=reference.sdpa_weights_backward,
     ),
 }
 

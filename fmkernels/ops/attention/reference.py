@@ -1,8 +1,7 @@
 """The attention family in plain PyTorch: forward and a hand-written backward, on any device.
 
-The functions have the signatures of the ops in schema.py and use no autograd, except for
-:func:`attention_with_weights`: the same mathematics for autograd to differentiate, which serves
-callers that want the weights themselves. All sums are taken in float32 (float64 for float64).
+The functions have the signatures of the ops in schema.py and use no autograd. All sums are taken
+in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -139,17 +138,10 @@ def _dropout_factors(shape: torch.Size, geometry: _Geometry, options: Options) -
     return kept.to(torch.float64) * _dropout.factor(options.dropout_p)
 
 
-def attention_with_weights(
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention that autograd differentiates, with the weights as a result.
-
-    Shapes and dtypes as for ``sdpa_forward``; the mask may have any floating dtype.
-
-    Returns:
-        output ``(B, Hq, Sq, Dv)``, weights ``(B, Hq, Sq, Sk)`` after dropout in the query's dtype,
-        lse ``(B, Hq, Sq)``.
-    """
+    """Output, weights after dropout and lse, all in the dtype of the sums."""
     dtype, heads = opmath_dtype(query.dtype), query.size(1)
     keys, values = _repeat_heads(key, heads).to(dtype), _repeat_heads(value, heads).to(dtype)
     geometry = _geometry(query.size(2), key.size(2), options, query.device)
@@ -157,12 +149,22 @@ def attention_with_weights(
     weights, lse = _softmax(scores, options.sinks)
     if options.dropout_p > 0.0:
         weights = weights * _dropout_factors(weights.shape, geometry, options).to(dtype)
-    return (weights @ values).to(query.dtype), weights.to(query.dtype), lse
+    return weights @ values, weights, lse
 
 
 def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor, Tensor]:
-    result, _, lse = attention_with_weights(query, key, value, Options(*options))
+    result, _, lse = _attend(query, key, value, Options(*options))
     return empty_output(query, value).copy_(result), lse
+
+
+def sdpa_weights(
+    query: Tensor, key: Tensor, value: Tensor, *options_and_average
+) -> tuple[Tensor, Tensor, Tensor]:
+    *options, average = options_and_average
+    result, weights, lse = _attend(query, key, value, Options(*options))
+    if average:
+        weights = weights.mean(dim=1)
+    return empty_output(query, value).copy_(result), weights.to(query.dtype), lse
 
 
 def sdpa_backward(
@@ -177,6 +179,40 @@ def sdpa_backward(
 ) -> tuple[Tensor, ...]:
     count = len(Options._fields)
     options, needs = Options(*options_and_needs[:count]), options_and_needs[count:]
+    return _backward(grad_output, grad_lse, None, query, key, value, lse, options, needs)
+
+
+def sdpa_weights_backward(
+    grad_output: Tensor,
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *options_and_needs,
+) -> tuple[Tensor, ...]:
+    count = len(Options._fields)
+    options, average = Options(*options_and_needs[:count]), options_and_needs[count]
+    grad_weights = grad_weights.to(opmath_dtype(query.dtype))
+    if average:
+        grad_weights = grad_weights.unsqueeze(1) / query.size(1)
+    needs = options_and_needs[count + 1 :]
+    return _backward(grad_output, None, grad_weights, query, key, value, lse, options, needs)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    grad_given: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """``grad_given``: of the weights themselves, broadcastable to ``(B, Hq, Sq, Sk)``."""
     need_query, need_key, need_value, need_mask, need_slopes, need_sinks = needs
     dtype, (heads, shared) = opmath_dtype(query.dtype), (query.size(1), key.size(1))
     grad_output = grad_output.to(dtype)
@@ -190,6 +226,8 @@ def sdpa_backward(
     scores, derivative = _scores(queries, keys, options, geometry)
     weights = (scores - normaliser).exp()
     grad_weights = grad_output @ values.transpose(-2, -1)
+    if grad_given is not None:
+        grad_weights = grad_weights + grad_given
     dropped = weights
     if options.dropout_p > 0.0:
         factors = _dropout_factors(weights.shape, geometry, options).to(dtype)

@@ -18,6 +18,14 @@ B batch, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv), Sq quer
     grad_output has unit last stride and otherwise any strides; grad_lse is contiguous. Returns the
     gradients of query, key, value, attn_mask, alibi_slopes and sinks, contiguous; an empty tensor
     of shape ``(0,)`` for each that is not needed.
+``sdpa_weights(query, key, value, *options, average)``
+    As ``sdpa_forward``, and between output and lse the weights after dropout, ``(B, Hq, Sq, Sk)``
+    contiguous in the query's dtype, or with ``average`` their mean over the heads ``(B, Sq, Sk)``
+    (at least one head); 0 where the query does not see the key. Not for packed sequences.
+``sdpa_weights_backward(grad_output, grad_weights, query, key, value, output, lse, *options,
+average, need_...)``
+    As ``sdpa_backward``, with the gradient of the weights in the query's dtype, any strides, and
+    none of lse.
 ``sdpa_statistics(query, key, *options)``
     Of each query's softmax, without dropout: its entropy in nats (the sink counts as an outcome;
     0 for a row without any), the key of the largest weight (the first of equals; -1 if none is
@@ -97,6 +105,17 @@ _library.define(
     "Tensor grad_value, Tensor grad_mask, Tensor grad_slopes, Tensor grad_sinks)"
 )
 _library.define(
+    f"sdpa_weights(Tensor query, Tensor key, Tensor value, {_OPTIONS}, bool average) "
+    "-> (Tensor output, Tensor weights, Tensor lse)"
+)
+_library.define(
+    "sdpa_weights_backward(Tensor grad_output, Tensor grad_weights, Tensor query, Tensor key, "
+    f"Tensor value, Tensor output, Tensor lse, {_OPTIONS}, bool average, bool need_query, "
+    "bool need_key, bool need_value, bool need_mask, bool need_slopes, bool need_sinks) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, "
+    "Tensor grad_slopes, Tensor grad_sinks)"
+)
+_library.define(
     f"sdpa_statistics(Tensor query, Tensor key, {_OPTIONS}) "
     "-> (Tensor entropy, Tensor top_key, Tensor top_weight, Tensor lse)"
 )
@@ -118,6 +137,14 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     if heads > 1 and length > 1 and query.stride(1) < query.stride(2):
         return query.new_empty(batch, length, heads, width).transpose(1, 2)
     return query.new_empty(batch, heads, length, width)
+
+
+def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:
+    """Allocate what ``sdpa_weights`` returns beside the output."""
+    batch, heads, length, _ = query.shape
+    if average:
+        return query.new_empty(batch, length, key.size(2))
+    return query.new_empty(batch, heads, length, key.size(2))
 
 
 def check_lengths(seqlens: Tensor, capacity: int, appended: int) -> None:
@@ -159,6 +186,30 @@ def _sdpa_backward_fake(
         tensor.new_empty(tensor.shape) if needed else query.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
     )
+
+
+@torch.library.register_fake("fmkernels::sdpa_weights", lib=_library)
+def _sdpa_weights_fake(
+    query: Tensor, key: Tensor, value: Tensor, *options_and_average
+) -> tuple[Tensor, ...]:
+    weights = empty_weights(query, key, options_and_average[-1])
+    return empty_output(query, value), weights, _row_terms(query)
+
+
+@torch.library.register_fake("fmkernels::sdpa_weights_backward", lib=_library)
+def _sdpa_weights_backward_fake(
+    grad_output: Tensor,
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *options_and_needs,
+) -> tuple[Tensor, ...]:
+    count = len(Options._fields)
+    rest = (*options_and_needs[:count], *options_and_needs[count + 1 :])  # without `average`
+    return _sdpa_backward_fake(grad_output, None, query, key, value, output, lse, *rest)
 
 
 @torch.library.register_fake("fmkernels::sdpa_statistics", lib=_library)
