@@ -53,6 +53,11 @@ _SDPA = (
     (attention_autograd, "attention"),
     "scaled_dot_product_attention",
 )
+_WEIGHTS = (
+    (attention_quick, "attention_with_weights"),
+    (attention_autograd, "attention_with_weights"),
+    "attention_with_weights",
+)
 _FEED_FORWARD = (
     (feed_forward_quick, "feed_forward"),
     (feed_forward_autograd, "feed_forward"),
@@ -107,6 +112,15 @@ CASES = {
     ),
     "masked attention": Case(
         FF.scaled_dot_product_attention, {**_HEADS, "attn_mask": (2, 1, 5, 7)}, {}, *_SDPA
+    ),
+    "attention with weights": Case(
+        FF.attention_with_weights, _HEADS, {"is_causal": True, "scale": 0.3}, *_WEIGHTS
+    ),
+    "masked attention with their mean": Case(
+        FF.attention_with_weights,
+        {**_HEADS, "attn_mask": (2, 1, 5, 7)},
+        {"average": True},
+        *_WEIGHTS,
     ),
     "feed-forward": Case(FF.feed_forward, {**_BLOCK, "residual": (3, 4)}, {}, *_FEED_FORWARD),
     "gated feed-forward": Case(

@@ -585,18 +585,20 @@ def _with_weights(name: str, average: bool, masked: bool = False) -> Case:
     batch, heads, shared, queries, keys, width = (
         (1, 3, 3, 70, 300, 16) if masked else (2, 4, 2, 33, 45, 24)
     )
-    mask = torch.ones(queries, keys, dtype=torch.bool).tril(40) if masked else None
 
     def make(generator: torch.Generator) -> Named:
         draw = partial(_normal, generator)
-        return {
+        inputs = {
             "query": draw(batch, heads, queries, width),
             "key": draw(batch, shared, keys, width),
             "value": draw(batch, shared, keys, width),
         }
+        if masked:
+            inputs["attn_mask"] = torch.ones(queries, keys, dtype=torch.bool).tril(40)
+        return inputs
 
     def exact(x: Named) -> tuple[Tensor, Tensor]:
-        output, weights = attend(**x, attn_mask=mask, return_weights=True)
+        output, weights = attend(**x, return_weights=True)
         return output, weights.mean(1) if average else weights
 
     return Case(
@@ -605,9 +607,10 @@ def _with_weights(name: str, average: bool, masked: bool = False) -> Case:
         f"{name}{', their mean' if average else ''}",
         make,
         lambda x, backend: functional.attention_with_weights(
-            **x, attn_mask=mask, enable_gqa=True, average=average, backend=backend
+            **x, enable_gqa=True, average=average, backend=backend
         ),
         exact,
+        constants=("attn_mask",),
     )
 
 
