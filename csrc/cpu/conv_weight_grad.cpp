@@ -87,10 +87,10 @@ struct WeightGrad {
     const int64_t panel0 = panels * part / parts, panel1 = panels * (part + 1) / parts;
     A* products = buffers + shard * buffer;
     A* sums = products + buffer - groups * split.padded_columns();
-    clear(products, sums, panel0, panel1);
     const int64_t row0 = rows * shard / shards, row1 = rows * (shard + 1) / shards;
     const int64_t word_rows = ceil_div(row1 - row0, kPair);
     const int64_t blocks = ceil_div(word_rows, block_rows);
+    clear(products, sums, panel0, panel1, depthwise || blocks == 0);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = word_rows * i / blocks, last = word_rows * (i + 1) / blocks;
       Block<D> block;
@@ -105,7 +105,7 @@ struct WeightGrad {
             [&](int64_t channel, int64_t columns, int64_t width) {
               return pack_pairs(pairs, block.rows, channel, columns, width);
             },
-            panel0, panel1, products, sums);
+            panel0, panel1, i == 0, products, sums);
         continue;
       }
 #endif
@@ -117,7 +117,7 @@ struct WeightGrad {
             [&](int64_t channel, int64_t columns, int64_t width) {
               return pack_grads(block, channel, columns, width);
             },
-            panel0, panel1, products, sums);
+            panel0, panel1, i == 0, products, sums);
       }
     }
   }
@@ -125,12 +125,14 @@ struct WeightGrad {
   int64_t padded_column(int64_t panel) const {
     return panel / split.count * split.padded_columns() + split.column(panel % split.count);
   }
-  void clear(A* products, A* sums, int64_t panel0, int64_t panel1) const {
+  // Clears what is added to: but for depthwise, the first block's products are stored.
+  void clear(A* products, A* sums, int64_t panel0, int64_t panel1, bool all) const {
     const int64_t end = groups * split.padded_columns();
     const int64_t first = padded_column(panel0);
     const int64_t last = panel1 == groups * split.count ? end : padded_column(panel1);
-    std::memset(static_cast<void*>(products + first * panel_rows), 0,
-                (last - first) * panel_rows * sizeof(A));
+    if (all)
+      std::memset(static_cast<void*>(products + first * panel_rows), 0,
+                  (last - first) * panel_rows * sizeof(A));
     std::memset(static_cast<void*>(sums + first), 0, (last - first) * sizeof(A));
   }
 
@@ -152,7 +154,7 @@ struct WeightGrad {
 
   template <class PackGrads>
   void run_block(const Block<D>& block, const PackGrads& pack, int64_t panel0, int64_t panel1,
-                 A* products, A* sums) const {
+                 bool first, A* products, A* sums) const {
     for (int64_t index = panel0; index < panel1; ++index) {
       const int64_t group = index / split.count, panel = index % split.count;
       const int64_t column = split.column(panel), width = split.width_vecs(panel) * V::W;
@@ -167,7 +169,7 @@ struct WeightGrad {
           continue;
         }
       }
-      multiply(block, grads, group, panel, products + padded * panel_rows);
+      multiply(block, grads, group, panel, first, products + padded * panel_rows);
     }
   }
 
@@ -357,7 +359,7 @@ struct WeightGrad {
     }
   }
 
-  void multiply(const Block<D>& block, const D* grads, int64_t group, int64_t panel,
+  void multiply(const Block<D>& block, const D* grads, int64_t group, int64_t panel, bool first,
                 A* products) const {
     const int vecs = split.width_vecs(panel);
     const int64_t width = vecs * V::W;
@@ -378,7 +380,7 @@ struct WeightGrad {
           for (int64_t row = 0; row < block.rows; ++row)
             block.pointers[row] = block.table[row * p.row_taps() + ty] + offset;
           A* to = products + ((ty * runs + run) * run_rows + tiles.begin(t)) * width;
-          in.init = to;
+          in.init = first ? nullptr : to;
           run_tile<M, true>(tiles.rows(t), vecs, in, StoreAccumulators<V>{to, width});
         }
   }
@@ -452,17 +454,25 @@ struct WeightGrad {
     // Sixteen numbers of every channel's row at a time, so that stores are not scattered one by
     // one.
     constexpr int64_t kRun = 16;
-    A values[kRun][V::W];
+    alignas(64) A values[kRun][V::W] = {};
     for (int64_t i = 0; i < panel_rows; i += kRun) {
       const int64_t n = min_of(kRun, panel_rows - i);
       for (int64_t j = 0; j < n; ++j) {
         const int64_t c = (i + j) / taps, tap = (i + j) % taps;
         store(values[j], total(first + (tap * channels + c) * width) * scale);
       }
-      for (int64_t k = 0; k < valid; ++k) {
-        T* to = p.grad_weight + (channel + k) * panel_rows + i;
-        for (int64_t j = 0; j < n; ++j) narrow(to + j, values[j][k]);
+      T* to = p.grad_weight + channel * panel_rows + i;
+#if defined(__AVX512F__)
+      if constexpr (V::W == kRun) {
+        alignas(64) A turned[V::W][kRun];
+        transpose_16x16(&values[0][0], V::W, &turned[0][0], kRun);
+        for (int64_t k = 0; k < valid; ++k)
+          store(to + k * panel_rows, load(turned[k]), static_cast<int>(n));
+        continue;
       }
+#endif
+      for (int64_t k = 0; k < valid; ++k)
+        for (int64_t j = 0; j < n; ++j) narrow(to + k * panel_rows + j, values[j][k]);
     }
   }
 };
