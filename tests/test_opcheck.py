@@ -7,6 +7,8 @@ import torch
 
 from fmkernels import _native, testing
 from fmkernels.ops._activations import opmath_dtype
+from fmkernels.ops.conv.geometry import ConvOptions
+from fmkernels.ops.conv.schema import options_text
 from fmkernels.ops.rnn.schema import PLAIN_LSTM
 
 ops = torch.ops.fmkernels
@@ -17,6 +19,12 @@ dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 # The size of a packed weight is known to the kernel alone, so no static graph can hold it.
 PACK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check_inference(op, arguments, expected):
+    """The op that returns an output alone; ``expected`` is what the one for training returns."""
+    torch.library.opcheck(op.default, arguments)
+    assert torch.equal(op(*arguments), expected[0])
 
 
 @dtypes
@@ -35,6 +43,8 @@ def test_conv(dtype, layout, activation, pool):
     full = (input, weight, bias, scale, shift, residual, None, *options)
     torch.library.opcheck(ops.conv_forward.default, (*bare, False))
     torch.library.opcheck(ops.conv_forward.default, (*full, True))
+    text = options_text(ConvOptions(*options))
+    check_inference(ops.conv_inference, (*full[:7], text), ops.conv_forward(*full, False))
     output, saved, argmax = ops.conv_forward(*full, True)
     grad = testing.normal(*output.shape, dtype=dtype, layout=layout)
     tensors = (grad, input, weight, bias, scale, output, saved, argmax)
@@ -67,6 +77,8 @@ def test_conv_forms(shape, weight, options):
     bias, scale, shift = (testing.normal(6, 1).flatten() for _ in range(3))
     full = (input, weight, bias, scale, shift, None, None, *options)
     torch.library.opcheck(ops.conv_forward.default, (*full, True))
+    text = options_text(ConvOptions(*options))
+    check_inference(ops.conv_inference, (*full[:7], text), ops.conv_forward(*full, False))
     output, saved, argmax = ops.conv_forward(*full, True)
     tensors = (torch.randn_like(output), input, weight, bias, scale, output, saved, argmax)
     torch.library.opcheck(ops.conv_backward.default, (*tensors, *options, *(True,) * 6))
@@ -148,6 +160,7 @@ def test_linear(dtype, activation):
     )
     torch.library.opcheck(ops.linear_forward.default, (*full, True))
     output, saved = ops.linear_forward(*full, True)
+    check_inference(ops.linear_inference, full, (output,))
     tensors = (testing.normal(2, 3, 5, dtype=dtype), input, weight, output, saved, activation)
     for needs in ((True,) * 4, (True, False, False, False), (False, True, True, False)):
         torch.library.opcheck(ops.linear_backward.default, (*tensors, *needs))
@@ -171,6 +184,9 @@ def test_norm(dtype, rms):
     torch.library.opcheck(ops.norm_forward.default, (*bare, True, True))
     torch.library.opcheck(ops.norm_forward.default, (*full, False, True))
     torch.library.opcheck(ops.norm_forward.default, (*full, True, False))
+    for tensors in (full, bare):
+        expected = ops.norm_forward(*tensors[:6], 0.0, None, False, False)
+        check_inference(ops.norm_inference, tensors[:6], expected)
     _, total, mean, rstd = ops.norm_forward(*full, True, True)
     tensors = (grad, grad_sum, total, weight, mean, rstd, rms, 0.5, seed)
     for needs in ((True,) * 4, (True, False, False, False), (False, True, True, False)):
@@ -195,6 +211,9 @@ def test_feed_forward(dtype, gated, activation):
     )
     torch.library.opcheck(forward, (*bare, 0.0, None, False))
     torch.library.opcheck(forward, (*full, True))
+    for tensors in (full, bare):
+        expected = forward(*tensors[:11], 0.0, None, False)
+        check_inference(ops.feed_forward_inference, tensors[:11], expected)
     output, *saved = forward(*full, True)
     grad = testing.normal(*output.shape, dtype=dtype)
     tensors = (grad, input, weight1, gate, weight2, *saved, activation, 0.5, seed)

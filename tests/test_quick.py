@@ -314,12 +314,42 @@ def test_ops_refuse_weights_without_outputs(op):
     input, weight, none = torch.randn(2, 5), torch.randn(4, 5), torch.randn(0, 4)
     with pytest.raises(RuntimeError, match="at least one element"):
         if op == "linear":
-            torch.ops.fmkernels.linear_forward(input, weight[:0], None, None, None, None, False)
+            torch.ops.fmkernels.linear_inference(input, weight[:0], None, None, None, None)
         else:
-            torch.ops.fmkernels.feed_forward_forward(
-                input, weight, None, None, None, none, None, None, None, None, None, 0.0, None,
-                False,
-            )  # fmt: skip
+            torch.ops.fmkernels.feed_forward_inference(
+                input, weight, None, None, None, none, None, None, None, None, None
+            )
+
+
+OPTIONS = "1,1;0,0,0,0;1,1;1;0;zeros;;;"
+BAD_OPTIONS = {
+    "": "more fields",
+    OPTIONS[:-1]: "more fields",
+    OPTIONS + ";": "fewer fields",
+    OPTIONS.replace("1,1;1;", "1,1;;"): "one integer",
+    OPTIONS.replace("1,1;1;", "1,1;1,1;"): "one integer",
+    OPTIONS.replace("1,1;", "1,x;"): "integers",
+    OPTIONS.replace("1,1;", "1 1;"): "integers",
+    OPTIONS.replace("1,1;", "99999999999999999999,1;"): "integers",
+    OPTIONS.replace("1,1;", "1;"): "stride",
+    OPTIONS.replace("0,0,0,0;", "0,0,0,-1;"): "padding",
+    OPTIONS.replace("zeros", "ones"): "padding_mode",
+    OPTIONS.replace(";;;", ";step;;"): "activation",
+    OPTIONS.replace(";;;", ";;sum;2,2,2,2,0,0"): "pool",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_of_convolutions(options):
+    def convolve(options: str) -> Tensor:
+        image, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 2, 2)
+        return torch.ops.fmkernels.conv_inference(
+            image, weight, None, None, None, None, None, options
+        )
+
+    assert convolve(OPTIONS).shape == (1, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=BAD_OPTIONS[options]):
+        convolve(options)
 
 
 LAYERS = {

@@ -1,5 +1,6 @@
 // Convolution operators: check, allocate, call.
 #include <algorithm>
+#include <charconv>
 #include <tuple>
 
 #include "torch/conv_chain.h"
@@ -184,13 +185,20 @@ ConvForward bare_forward(const Conv& c, const Tensor& weight, const OptionalTens
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_forward(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-    const OptionalTensor& packed_weight, const Ints& stride, const Ints& padding,
-    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
-    const std::optional<std::string>& activation, const std::optional<std::string>& pool,
-    const Ints& window, bool save_for_backward, bool exact) {
+// What conv_forward saves for the backward.
+struct Saved {
+  OptionalTensor preactivation, argmax;
+};
+
+// conv_forward; `saved` is null where only the output is wanted.
+Tensor run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& scale, const OptionalTensor& shift,
+                   const OptionalTensor& residual, const OptionalTensor& packed_weight,
+                   const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                   bool transposed, const std::string& padding_mode,
+                   const std::optional<std::string>& activation,
+                   const std::optional<std::string>& pool, const Ints& window, bool exact,
+                   Saved* saved) {
   const Conv c = check_conv(image_of(input), weight, stride, padding, dilation, groups, transposed,
                             padding_mode, pool, window);
   const bool channels_last = c.shape.channels_last;
@@ -204,21 +212,93 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
   p.shift = data_of(shift);
   p.residual = data_of(residual);
   p.activation = activation_from(activation);
-  const bool save = save_for_backward && needs_preactivation(p.activation);
+  Tensor output = allocate_image(input, c.output_size, channels_last);
+  p.output = mutable_data_of(output);
+  if (saved && needs_preactivation(p.activation)) {
+    saved->preactivation = allocate_image(input, c.conv_size, channels_last);
+    p.preactivation = mutable_data_of(*saved->preactivation);
+  }
   // Of an average after relu, which values relu let through; else the positions of the maxima.
   const bool mask = pool && *pool == "avg";
-  const bool save_argmax =
-      save_for_backward && pool && (!mask || p.activation == Activation::kRelu);
-  Tensor output = allocate_image(input, c.output_size, channels_last);
-  Tensor saved = save ? allocate_image(input, c.conv_size, channels_last) : nothing(input);
-  Tensor argmax = save_argmax ? allocate_image(input, mask ? c.conv_size : c.output_size,
-                                               channels_last, ScalarType::Byte)
-                              : allocate(input, {0}, ScalarType::Byte);
-  p.output = mutable_data_of(output);
-  p.preactivation = mutable_data_if(save, saved);
-  p.argmax = static_cast<uint8_t*>(mutable_data_if(save_argmax, argmax));
+  if (saved && pool && (!mask || p.activation == Activation::kRelu)) {
+    saved->argmax =
+        allocate_image(input, mask ? c.conv_size : c.output_size, channels_last, ScalarType::Byte);
+    p.argmax = static_cast<uint8_t*>(mutable_data_of(*saved->argmax));
+  }
   conv_kernels().forward(p, torch_pool());
-  return {output, saved, argmax};
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_forward(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+    const OptionalTensor& packed_weight, const Ints& stride, const Ints& padding,
+    const Ints& dilation, int64_t groups, bool transposed, const std::string& padding_mode,
+    const std::optional<std::string>& activation, const std::optional<std::string>& pool,
+    const Ints& window, bool save_for_backward, bool exact) {
+  Saved saved;
+  Tensor output = run_forward(input, weight, bias, scale, shift, residual, packed_weight, stride,
+                              padding, dilation, groups, transposed, padding_mode, activation, pool,
+                              window, exact, save_for_backward ? &saved : nullptr);
+  return {output, saved.preactivation ? *saved.preactivation : nothing(input),
+          saved.argmax ? *saved.argmax : allocate(input, {0}, ScalarType::Byte)};
+}
+
+// The options of conv_inference, see schema.py: fields between semicolons.
+class OptionFields {
+ public:
+  explicit OptionFields(const std::string& text) : text_(text) {}
+
+  std::string name() {
+    FMK_CHECK(at_ <= text_.size(), "options: expected more fields");
+    const size_t end = std::min(text_.find(';', at_), text_.size());
+    const std::string field = text_.substr(at_, end - at_);
+    at_ = end + 1;
+    return field;
+  }
+  std::optional<std::string> optional_name() {
+    std::string field = name();
+    return field.empty() ? std::nullopt : std::optional<std::string>(std::move(field));
+  }
+  Ints integers() {
+    const std::string field = name();
+    Ints values;
+    const char *at = field.data(), *end = at + field.size();
+    while (at < end) {
+      const auto [next, error] = std::from_chars(at, end, values.emplace_back());
+      FMK_CHECK(error == std::errc() && (next == end || *next == ','),
+                "options: expected integers, got '", field, "'");
+      at = next + (next < end);
+    }
+    return values;
+  }
+  int64_t integer() {
+    const Ints values = integers();
+    FMK_CHECK(values.size() == 1, "options: expected one integer, got ", values.size());
+    return values[0];
+  }
+  void finish() const { FMK_CHECK(at_ > text_.size(), "options: expected fewer fields"); }
+
+ private:
+  const std::string& text_;
+  size_t at_ = 0;
+};
+
+Tensor conv_inference(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& scale, const OptionalTensor& shift,
+                      const OptionalTensor& residual, const OptionalTensor& packed_weight,
+                      const std::string& options, bool exact) {
+  OptionFields fields(options);
+  const Ints stride = fields.integers(), padding = fields.integers(), dilation = fields.integers();
+  const int64_t groups = fields.integer();
+  const bool transposed = fields.integer() != 0;
+  const std::string padding_mode = fields.name();
+  const auto activation = fields.optional_name(), pool = fields.optional_name();
+  const Ints window = fields.integers();
+  fields.finish();
+  return run_forward(input, weight, bias, scale, shift, residual, packed_weight, stride, padding,
+                     dilation, groups, transposed, padding_mode, activation, pool, window, exact,
+                     nullptr);
 }
 
 // Of a layer of a chain: its share of the lists, see schema.py.
@@ -389,6 +469,7 @@ Tensor conv_pack_weight(const Tensor& weight, const Ints& stride, const Ints& pa
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("conv_inference", TORCH_BOX(&conv_inference));
   m.impl("conv_chain", TORCH_BOX(&conv_chain));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));

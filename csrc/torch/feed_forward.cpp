@@ -61,15 +61,13 @@ const void* panels_for(const OptionalTensor& packed, DType dtype, int64_t out_fe
                    packed_bytes(dtype, out_features, in_features, gated));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> feed_forward_forward(
-    const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
-    const OptionalTensor& gate_weight, const OptionalTensor& gate_bias, const Tensor& weight2,
-    const OptionalTensor& bias2, const OptionalTensor& residual,
-    const OptionalTensor& packed_weight1, const OptionalTensor& packed_weight2,
-    const std::optional<std::string>& activation, double dropout_p, const OptionalTensor& seed,
-    bool save_for_backward) {
-  const Problem problem =
-      check_operands(input, weight1, gate_weight, weight2, activation, dropout_p, seed);
+// The forward pass on checked operands, without its results.
+FeedForwardForward forward_of(const Problem& problem, const Tensor& input, const Tensor& weight1,
+                              const OptionalTensor& bias1, const OptionalTensor& gate_weight,
+                              const OptionalTensor& gate_bias, const Tensor& weight2,
+                              const OptionalTensor& bias2, const OptionalTensor& residual,
+                              const OptionalTensor& packed_weight1,
+                              const OptionalTensor& packed_weight2) {
   const FeedForwardShape& s = problem.shape;
   check_parameter(bias1, "bias1", input, {s.hidden_features});
   check_parameter(gate_bias, "gate_bias", input, {s.hidden_features});
@@ -89,6 +87,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feed_forward_forward(
   p.residual = data_of(residual);
   p.packed_weight1 = panels_for(packed_weight1, s.dtype, s.hidden_features, s.in_features, s.gated);
   p.packed_weight2 = panels_for(packed_weight2, s.dtype, s.out_features, s.hidden_features, false);
+  return p;
+}
+
+Tensor feed_forward_inference(const Tensor& input, const Tensor& weight1,
+                              const OptionalTensor& bias1, const OptionalTensor& gate_weight,
+                              const OptionalTensor& gate_bias, const Tensor& weight2,
+                              const OptionalTensor& bias2, const OptionalTensor& residual,
+                              const OptionalTensor& packed_weight1,
+                              const OptionalTensor& packed_weight2,
+                              const std::optional<std::string>& activation) {
+  const Problem problem =
+      check_operands(input, weight1, gate_weight, weight2, activation, 0, std::nullopt);
+  FeedForwardForward p = forward_of(problem, input, weight1, bias1, gate_weight, gate_bias, weight2,
+                                    bias2, residual, packed_weight1, packed_weight2);
+  Tensor output = allocate(input, problem.output);
+  Tensor hidden = allocate(input, problem.hidden);
+  p.output = mutable_data_of(output);
+  p.hidden = mutable_data_of(hidden);
+  feed_forward_kernels().forward(p, torch_pool());
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> feed_forward_forward(
+    const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& gate_weight, const OptionalTensor& gate_bias, const Tensor& weight2,
+    const OptionalTensor& bias2, const OptionalTensor& residual,
+    const OptionalTensor& packed_weight1, const OptionalTensor& packed_weight2,
+    const std::optional<std::string>& activation, double dropout_p, const OptionalTensor& seed,
+    bool save_for_backward) {
+  const Problem problem =
+      check_operands(input, weight1, gate_weight, weight2, activation, dropout_p, seed);
+  const FeedForwardShape& s = problem.shape;
+  FeedForwardForward p = forward_of(problem, input, weight1, bias1, gate_weight, gate_bias, weight2,
+                                    bias2, residual, packed_weight1, packed_weight2);
   const bool keep_gate = save_for_backward && s.gated;
   const bool keep = save_for_backward && (s.gated || needs_preactivation(s.activation));
   Tensor output = allocate(input, problem.output);
@@ -177,6 +209,7 @@ Tensor feed_forward_pack_weight(const Tensor& weight, const OptionalTensor& gate
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
+  m.impl("feed_forward_inference", TORCH_BOX(&feed_forward_inference));
   m.impl("feed_forward_forward", TORCH_BOX(&feed_forward_forward));
   m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward));
   m.impl("feed_forward_pack_weight", TORCH_BOX(&feed_forward_pack_weight));

@@ -44,13 +44,11 @@ PackedHeader header_of(DType dtype, const Shapes& shapes) {
                        {shapes.out_features, shapes.in_features, 0, 0, 0});
 }
 
-std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& weight,
-                                          const OptionalTensor& bias,
-                                          const OptionalTensor& residual,
-                                          const OptionalTensor& packed_weight,
-                                          const std::optional<std::string>& activation,
-                                          bool save_for_backward) {
-  const Shapes shapes = check_operands(input, weight);
+// The forward pass, without its results.
+LinearForward problem_of(const Shapes& shapes, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& residual,
+                         const OptionalTensor& packed_weight,
+                         const std::optional<std::string>& activation) {
   check_parameter(bias, "bias", input, {shapes.out_features});
   check_parameter(residual, "residual", input, shapes.output);
   const LinearKernels& kernels = linear_kernels();
@@ -69,12 +67,34 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& wei
   p.bias = data_of(bias);
   p.residual = data_of(residual);
   p.activation = activation_from(activation);
+  return p;
+}
+
+Tensor linear_inference(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const OptionalTensor& packed_weight,
+                        const std::optional<std::string>& activation) {
+  const Shapes shapes = check_operands(input, weight);
+  LinearForward p = problem_of(shapes, input, weight, bias, residual, packed_weight, activation);
+  Tensor output = allocate(input, shapes.output);
+  p.output = mutable_data_of(output);
+  linear_kernels().forward(p, torch_pool());
+  return output;
+}
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& input, const Tensor& weight,
+                                          const OptionalTensor& bias,
+                                          const OptionalTensor& residual,
+                                          const OptionalTensor& packed_weight,
+                                          const std::optional<std::string>& activation,
+                                          bool save_for_backward) {
+  const Shapes shapes = check_operands(input, weight);
+  LinearForward p = problem_of(shapes, input, weight, bias, residual, packed_weight, activation);
   const bool save = save_for_backward && needs_preactivation(p.activation);
   Tensor output = allocate(input, shapes.output);
   Tensor saved = allocate_if(save, input, shapes.output);
   p.output = mutable_data_of(output);
   p.preactivation = mutable_data_if(save, saved);
-  kernels.forward(p, torch_pool());
+  linear_kernels().forward(p, torch_pool());
   return {output, saved};
 }
 
@@ -142,6 +162,7 @@ Tensor linear_pack_weight(const Tensor& weight) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
+  m.impl("linear_inference", TORCH_BOX(&linear_inference));
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("linear_pack_weight", TORCH_BOX(&linear_pack_weight));

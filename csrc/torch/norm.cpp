@@ -29,17 +29,13 @@ ScalarType compute_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
-    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-    const OptionalTensor& bias, bool rms, double eps, double dropout_p, const OptionalTensor& seed,
-    bool save_for_backward, bool return_sum) {
-  const Shapes shapes = check_input(input, "input");
+// The forward pass on checked operands, without its results.
+NormForward problem_of(const Shapes& shapes, const Tensor& input, const OptionalTensor& residual,
+                       const OptionalTensor& weight, const OptionalTensor& bias, bool rms,
+                       double eps) {
   check_parameter(residual, "residual", input, shapes.all);
   check_parameter(weight, "weight", input, {shapes.features});
   check_parameter(bias, "bias", input, {shapes.features});
-  FMK_CHECK(residual || dropout_p == 0, "dropout_p: expected 0 without a residual, got ",
-            dropout_p);
-
   NormForward p{};
   p.dtype = dtype_of(input, "input");
   p.rows = shapes.rows;
@@ -50,6 +46,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   p.bias = data_of(bias);
   p.rms = rms;
   p.eps = eps;
+  return p;
+}
+
+Tensor norm_inference(const Tensor& input, const OptionalTensor& residual,
+                      const OptionalTensor& weight, const OptionalTensor& bias, bool rms,
+                      double eps) {
+  const Shapes shapes = check_input(input, "input");
+  NormForward p = problem_of(shapes, input, residual, weight, bias, rms, eps);
+  Tensor output = allocate(input, shapes.all);
+  p.output = mutable_data_of(output);
+  norm_kernels().forward(p, torch_pool());
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, bool rms, double eps, double dropout_p, const OptionalTensor& seed,
+    bool save_for_backward, bool return_sum) {
+  const Shapes shapes = check_input(input, "input");
+  FMK_CHECK(residual || dropout_p == 0, "dropout_p: expected 0 without a residual, got ",
+            dropout_p);
+  NormForward p = problem_of(shapes, input, residual, weight, bias, rms, eps);
   p.dropout = dropout_of(dropout_p, seed);
   const bool keep_sum = residual && (save_for_backward || return_sum);
   const bool keep_mean = save_for_backward && !rms;
@@ -114,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
+  m.impl("norm_inference", TORCH_BOX(&norm_inference));
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
 }

@@ -29,7 +29,12 @@ FUSED_POOL_WINDOWS = ((2, 2), (3, 3))
 _ops = torch.ops.fmkernels
 
 _NATIVE_CONV = native_ops_support(
-    "conv_forward", "conv_chain", "conv_statistics", "conv_backward", "conv_pack_weight"
+    "conv_forward",
+    "conv_inference",
+    "conv_chain",
+    "conv_statistics",
+    "conv_backward",
+    "conv_pack_weight",
 )
 _NATIVE_MAX_POOL = native_ops_support("max_pool_forward", "max_pool_backward")
 _NATIVE_AVG_POOL = native_ops_support("avg_pool_forward", "avg_pool_backward")
@@ -137,8 +142,9 @@ CONV = {
     ),
 }
 
-# Native alone: frozen layers in a row as one op.
+# Native alone: frozen layers in a row as one op, and one without what only training wants.
 CHAIN = _ops.conv_chain.default
+INFERENCE = _ops.conv_inference.default
 
 # Causal convolutions that read a state in place of their padding.
 CAUSAL = {

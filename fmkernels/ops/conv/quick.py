@@ -13,9 +13,9 @@ from fmkernels._dispatch import current_precision, record_decision
 from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.conv.autograd import op_name, readable_weight
-from fmkernels.ops.conv.backends import CHAIN, CONV
+from fmkernels.ops.conv.backends import CHAIN, CONV, INFERENCE
 from fmkernels.ops.conv.geometry import ConvOptions, is_channels_last
-from fmkernels.ops.conv.schema import chain_settings
+from fmkernels.ops.conv.schema import chain_settings, options_text
 
 
 class Layer(NamedTuple):
@@ -50,9 +50,17 @@ def conv(
             return None
         exact = current_precision() == "exact"
         weight = readable_weight(weight, packed_weight, options, exact)
-        return CONV["cpu"].forward(
-            input, weight, bias, scale, shift, residual, packed_weight, *options, False, exact
-        )[0]
+        return INFERENCE(
+            input,
+            weight,
+            bias,
+            scale,
+            shift,
+            residual,
+            packed_weight,
+            options_text(options),
+            exact,
+        )
     except CLOSER_LOOK:
         return None
 

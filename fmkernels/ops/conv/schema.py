@@ -25,6 +25,9 @@ without it may be passed to a forward with it: the forward then packs anew if it
 
 A transposed convolution of a stride above 1 takes no pool.
 
+conv_inference is the output of conv_forward alone, with the options in one string, which takes a
+small call much less time to pass: :func:`options_text` makes it of ConvOptions.
+
 conv_chain is several conv_forward over two axes that read one another's outputs, without anything
 that only training wants; it returns the last one's. ``weights`` has an entry per layer; the others
 have several, layer after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``
@@ -44,6 +47,7 @@ conv_backward returns gradients of the inputs' dtypes and shapes. It reads ``bia
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,6 +75,10 @@ _library.define(
     "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     f"Tensor? residual, Tensor? packed_weight, {_OPTIONS}, bool save_for_backward, "
     "bool exact=False) -> (Tensor output, Tensor saved, Tensor argmax)"
+)
+_library.define(
+    "conv_inference(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "Tensor? residual, Tensor? packed_weight, str options, bool exact=False) -> Tensor"
 )
 _library.define(
     "conv_chain(Tensor input, Tensor[] weights, Tensor?[] vectors, Tensor? residual, "
@@ -131,6 +139,50 @@ def _conv_forward_fake(
         input.new_empty((0,)) if saved is None else saved,
         input.new_empty((0,), dtype=torch.uint8) if argmax is None else argmax,
     )
+
+
+@lru_cache(maxsize=1024)
+def options_text(options: ConvOptions) -> str:
+    """The fields between semicolons: integers with commas, None and nothing are empty."""
+    fields = (
+        ",".join(map(str, field)) if isinstance(field, tuple) else field for field in options
+    )
+    return ";".join("" if f is None else f if isinstance(f, str) else str(int(f)) for f in fields)
+
+
+def _options_from(text: str) -> ConvOptions:
+    def integers(field: str) -> tuple[int, ...]:
+        return tuple(map(int, field.split(","))) if field else ()
+
+    stride, padding, dilation, groups, transposed, mode, activation, pool, window = text.split(";")
+    return ConvOptions(
+        integers(stride),
+        integers(padding),
+        integers(dilation),
+        int(groups),
+        bool(int(transposed)),
+        mode,
+        activation or None,
+        pool or None,
+        integers(window),
+    )
+
+
+@torch.library.register_fake("fmkernels::conv_inference", lib=_library)
+def _conv_inference_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    packed_weight: Tensor | None,
+    options: str,
+    exact: bool = False,
+) -> Tensor:
+    parsed = _options_from(options)
+    shape = pooled_shape(conv_shape(input, weight, parsed), parsed.window)
+    return new_image(input, shape, is_channels_last(input))
 
 
 def chain_settings(

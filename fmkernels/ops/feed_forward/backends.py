@@ -11,7 +11,10 @@ from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.feed_forward import reference, schema  # noqa: F401 - schema defines the ops
 
 _NATIVE = native_ops_support(
-    "feed_forward_forward", "feed_forward_backward", "feed_forward_pack_weight"
+    "feed_forward_forward",
+    "feed_forward_inference",
+    "feed_forward_backward",
+    "feed_forward_pack_weight",
 )
 
 
@@ -46,3 +49,6 @@ FEED_FORWARD = {
         backward=reference.feed_forward_backward,
     ),
 }
+
+# Native alone: the output without what only training wants.
+INFERENCE = torch.ops.fmkernels.feed_forward_inference.default

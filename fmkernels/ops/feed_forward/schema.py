@@ -18,6 +18,8 @@ For the backward, only if ``save_for_backward``, else empty: ``hidden`` (..., H)
 ``preactivation`` ``input @ weight1.T + bias1`` (empty where plain and the activation is None or
 relu, which ``hidden`` tells), and the ``gate_preactivation`` of the gate (empty where plain).
 
+feed_forward_inference: that output alone, without dropout, which small calls get in less time.
+
 feed_forward_backward returns an empty tensor of shape (0,) for every gradient that is not asked
 for. The gradient of the residual is ``grad_output``, and no result.
 """
@@ -36,6 +38,11 @@ _library.define(
     "Tensor? packed_weight2, str? activation, float dropout_p, Tensor? seed, "
     "bool save_for_backward) "
     "-> (Tensor output, Tensor hidden, Tensor preactivation, Tensor gate_preactivation)"
+)
+_library.define(
+    "feed_forward_inference(Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, "
+    "Tensor? gate_bias, Tensor weight2, Tensor? bias2, Tensor? residual, Tensor? packed_weight1, "
+    "Tensor? packed_weight2, str? activation) -> Tensor"
 )
 _library.define(
     "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? gate_weight, "
@@ -75,6 +82,19 @@ def _feed_forward_forward_fake(
         input.new_empty(hidden if keep else (0,)),
         input.new_empty(hidden if save_for_backward and gated else (0,)),
     )
+
+
+@torch.library.register_fake("fmkernels::feed_forward_inference", lib=_library)
+def _feed_forward_inference_fake(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    *rest: object,
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight2.shape[0]))
 
 
 @torch.library.register_fake("fmkernels::feed_forward_backward", lib=_library)

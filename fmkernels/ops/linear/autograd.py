@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _as_read_by(backend: str, weight: Tensor) -> Tensor:
+def as_read_by(backend: str, weight: Tensor) -> Tensor:
     """``weight`` as the backend takes it, copied only if it must be."""
     if weight.is_contiguous():
         return weight
@@ -103,7 +103,7 @@ def run(
     activation: str | None,
 ) -> Tensor:
     """:func:`linear` by that backend, which has been found to serve it."""
-    input, weight = input.contiguous(), _as_read_by(backend, weight)
+    input, weight = input.contiguous(), as_read_by(backend, weight)
     residual = None if residual is None else distinct(residual.contiguous(), input)
     if needs_graph(input, weight, bias, residual):
         return _Linear.apply(input, weight, bias, residual, packed_weight, activation, backend)
@@ -118,4 +118,4 @@ def pack_linear_weight(weight: Tensor, backend: str | None) -> Tensor | None:
     if implementation.pack is None:
         return None
     with torch.no_grad():
-        return implementation.pack(_as_read_by(name, weight))
+        return implementation.pack(as_read_by(name, weight))

@@ -10,7 +10,9 @@ from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.linear import reference, schema  # noqa: F401 - schema defines the ops
 
-_NATIVE = native_ops_support("linear_forward", "linear_backward", "linear_pack_weight")
+_NATIVE = native_ops_support(
+    "linear_forward", "linear_inference", "linear_backward", "linear_pack_weight"
+)
 
 
 def _cpu_supports(input: Tensor, *rest: object) -> Support:
@@ -45,3 +47,6 @@ LINEAR = {
         backward=reference.linear_backward,
     ),
 }
+
+# Native alone: the output without what only training wants.
+INFERENCE = torch.ops.fmkernels.linear_inference.default

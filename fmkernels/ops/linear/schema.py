@@ -6,6 +6,8 @@ linear_forward: ``output = activation(input @ weight.T + bias + residual)``.
 backward needs besides the output: the pre-activation where the activation is not relu, and only if
 ``save_for_backward``; otherwise an empty tensor.
 
+linear_inference: that output alone, which small calls get in less time.
+
 linear_backward returns an empty tensor of shape (0,) for every gradient that is not asked for;
 that of the weight has the weight's strides.
 
@@ -24,6 +26,10 @@ _library.define(
     "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor? packed_weight, str? activation, bool save_for_backward) "
     "-> (Tensor output, Tensor saved)"
+)
+_library.define(
+    "linear_inference(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
+    "Tensor? packed_weight, str? activation) -> Tensor"
 )
 _library.define(
     "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
@@ -47,6 +53,11 @@ def _linear_forward_fake(
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
     save = save_for_backward and needs_preactivation(activation)
     return output, input.new_empty(output.shape if save else (0,))
+
+
+@torch.library.register_fake("fmkernels::linear_inference", lib=_library)
+def _linear_inference_fake(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("fmkernels::linear_backward", lib=_library)

@@ -10,7 +10,7 @@ from fmkernels.ops._native_support import native_cpu_support, native_ops_support
 from fmkernels.ops._triton.support import triton_backend
 from fmkernels.ops.norm import reference, schema  # noqa: F401 - schema defines the ops
 
-_NATIVE = native_ops_support("norm_forward", "norm_backward")
+_NATIVE = native_ops_support("norm_forward", "norm_inference", "norm_backward")
 _TRITON_FEATURES = 16384
 
 
@@ -43,3 +43,6 @@ NORM = {
         backward=reference.norm_backward,
     ),
 }
+
+# Native alone: the output without what only training wants.
+INFERENCE = torch.ops.fmkernels.norm_inference.default

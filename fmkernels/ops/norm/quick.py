@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.norm.autograd import default_eps, op_name, run
-from fmkernels.ops.norm.backends import NORM
+from fmkernels.ops.norm.backends import INFERENCE, NORM
 
 
 def norm(
@@ -39,6 +40,9 @@ def norm(
             eps = default_eps(dtype)
         elif type(eps) is not float:
             return None
-        return run("cpu", input, residual, weight, bias, rms, eps, 0.0, return_sum)
+        if return_sum or needs_graph(input, residual, weight, bias):
+            return run("cpu", input, residual, weight, bias, rms, eps, 0.0, return_sum)
+        residual = None if residual is None else residual.contiguous()
+        return INFERENCE(input.contiguous(), residual, weight, bias, rms, eps), None
     except CLOSER_LOOK:
         return None

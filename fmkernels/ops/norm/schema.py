@@ -11,6 +11,8 @@ dimension, in float32 (float64 for float64), and are empty unless ``save_for_bac
 is empty for rms. ``dropout_p`` is 0 without a residual; ``seed``, int64 of shape (1,), is given if
 it is not 0 (fmkernels/ops/_dropout.py).
 
+norm_inference: that output alone, without dropout, which small calls get in less time.
+
 norm_backward: ``sum`` is the op's ``sum`` or, without a residual, its input. ``grad_sum`` is the
 gradient of ``sum`` where that was a result. The gradient of the residual is that of ``s``, and so
 is that of the input unless dropout acts. An empty tensor of shape (0,) stands for every gradient
@@ -29,6 +31,10 @@ _library.define(
     "norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, bool rms, "
     "float eps, float dropout_p, Tensor? seed, bool save_for_backward, bool return_sum) "
     "-> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)"
+)
+_library.define(
+    "norm_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, bool rms, "
+    "float eps) -> Tensor"
 )
 _library.define(
     "norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor mean, "
@@ -59,6 +65,18 @@ def _norm_forward_fake(
         input.new_empty(rows if save_for_backward and not rms else (0,), dtype=dtype),
         input.new_empty(rows if save_for_backward else (0,), dtype=dtype),
     )
+
+
+@torch.library.register_fake("fmkernels::norm_inference", lib=_library)
+def _norm_inference_fake(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> Tensor:
+    return input.new_empty(input.shape)
 
 
 @torch.library.register_fake("fmkernels::norm_backward", lib=_library)
