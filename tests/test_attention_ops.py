@@ -137,6 +137,12 @@ def test_opcheck(name, layout, dtype, kind):
     forward = (*operands, *options)
     torch.library.opcheck(ops.sdpa_forward.default, forward, test_utils=checks)
     output, lse = ops.sdpa_forward(*forward)
+    for is_causal in (True, False):
+        alone = (*operands, options.attn_mask, is_causal, 0.3)
+        torch.library.opcheck(ops.sdpa_inference.default, alone, test_utils=checks)
+        plain = Options(options.attn_mask, window_right=0 if is_causal else -1, scale=0.3)
+        expected = ops.sdpa_forward(*operands, *plain)[0]
+        assert torch.equal(ops.sdpa_inference(*alone), expected)
     for need_all in (True, False):
         backward = backward_arguments(operands, options, output, lse, need_all)
         torch.library.opcheck(ops.sdpa_backward.default, backward, test_utils=checks)

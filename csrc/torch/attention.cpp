@@ -193,6 +193,13 @@ std::tuple<Tensor, Tensor> sdpa_forward(
   return {output, lse};
 }
 
+Tensor sdpa_inference(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const OptionalTensor& attn_mask, bool is_causal, double scale) {
+  const OptionalTensor none;
+  return std::get<0>(sdpa_forward(query, key, value, attn_mask, none, none, none, none, none, -1,
+                                  is_causal ? 0 : -1, scale, 0, 0));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_statistics(
     const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
@@ -486,6 +493,7 @@ void kv_cache_append(const Tensor& key_cache, const Tensor& value_cache, const T
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("sdpa_forward", TORCH_BOX(&sdpa_forward));
+  m.impl("sdpa_inference", TORCH_BOX(&sdpa_inference));
   m.impl("sdpa_backward", TORCH_BOX(&sdpa_backward));
   m.impl("sdpa_statistics", TORCH_BOX(&sdpa_statistics));
   m.impl("sdpa_weights", TORCH_BOX(&sdpa_weights));

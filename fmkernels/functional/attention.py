@@ -164,7 +164,9 @@ def scaled_dot_product_attention(
         and enable_gqa is False
         and window is softcap is alibi_slopes is sinks is None
     ):
-        results = quick.attention(query, key, value, attn_mask, is_causal, scale, backend)
+        results = quick.attention(
+            query, key, value, attn_mask, is_causal, scale, return_lse, backend
+        )
         if results is not None:
             return results if return_lse else results[0]
     check.boolean("return_lse", return_lse)

@@ -15,7 +15,7 @@ from fmkernels.ops.attention.schema import PLAIN, Options
 _WIDEST_HEAD = 512
 _TRITON = "fmkernels.ops.attention.triton"
 _TRITON_CACHE = "fmkernels.ops.attention.triton_cache"
-_NATIVE = native_ops_support("sdpa_forward", "sdpa_backward")
+_NATIVE = native_ops_support("sdpa_forward", "sdpa_inference", "sdpa_backward")
 _NATIVE_WEIGHTS = native_ops_support("sdpa_weights", "sdpa_weights_backward", "sdpa_backward")
 _NATIVE_STATISTICS = native_ops_support("sdpa_statistics")
 _NATIVE_CACHE = native_ops_support("sdpa_cached", "kv_cache_append")
@@ -96,6 +96,9 @@ WEIGHTS = {
         backward=reference.sdpa_weights_backward,
     ),
 }
+
+# Native alone: the output without what only training wants.
+INFERENCE = torch.ops.fmkernels.sdpa_inference.default
 
 
 def _no_backward(*arguments) -> None:

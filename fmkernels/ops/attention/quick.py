@@ -8,9 +8,16 @@ from functools import lru_cache
 from torch import Tensor
 
 from fmkernels._dispatch import Backend
+from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
-from fmkernels.ops.attention.autograd import OP_NAME, WEIGHTS_OP_NAME, run, run_with_weights
-from fmkernels.ops.attention.backends import SDPA, WEIGHTS
+from fmkernels.ops.attention.autograd import (
+    OP_NAME,
+    WEIGHTS_OP_NAME,
+    run,
+    run_with_weights,
+    unit_stride,
+)
+from fmkernels.ops.attention.backends import INFERENCE, SDPA, WEIGHTS
 from fmkernels.ops.attention.schema import Options
 
 
@@ -21,12 +28,19 @@ def attention(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    return_lse: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Output and lse of four-dimensional operands with as many heads, without other options."""
+) -> tuple[Tensor, Tensor | None] | None:
+    """Output and, if asked for, lse of four-dimensional operands with as many heads, without other
+    options."""
     try:
         options = _everyday(OP_NAME, SDPA, query, key, value, attn_mask, is_causal, scale, backend)
-        return None if options is None else run("cpu", query, key, value, options)
+        if options is None:
+            return None
+        if return_lse or needs_graph(query, key, value, attn_mask):
+            return run("cpu", query, key, value, options)
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+        return INFERENCE(query, key, value, attn_mask, is_causal, options.scale), None
     except CLOSER_LOOK:
         return None
 
@@ -64,10 +78,11 @@ def _everyday(
     scale: float | None,
     backend: str | None,
 ) -> Options | None:
-    shape = query.shape
+    shape, key_shape = query.shape, key.shape
     if (
         len(shape) != 4
-        or key.shape[:2] != shape[:2]
+        or key_shape[0] != shape[0]
+        or key_shape[1] != shape[1]
         or (attn_mask is not None and (is_causal or attn_mask.dim() != 4))
         or type(is_causal) is not bool
         or (scale is not None and type(scale) is not float)

@@ -14,6 +14,8 @@ B batch, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv), Sq quer
     ``s = scale * q_i . k_j``; ``s = softcap * tanh(s / softcap)``; ``s = s - slope * |i - j| +
     mask``; hidden (-inf) unless ``i - window_left <= j <= i + window_right``; softmax over the
     keys and the sink; dropout.
+``sdpa_inference(query, key, value, attn_mask, is_causal, scale)``
+    That output alone, without other options, which small calls get in less time.
 ``sdpa_backward(grad_output, grad_lse, query, key, value, output, lse, *options, need_...)``
     grad_output has unit last stride and otherwise any strides; grad_lse is contiguous. Returns the
     gradients of query, key, value, attn_mask, alibi_slopes and sinks, contiguous; an empty tensor
@@ -99,6 +101,10 @@ _library.define(
     "-> (Tensor output, Tensor lse)"
 )
 _library.define(
+    "sdpa_inference(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float scale) -> Tensor"
+)
+_library.define(
     "sdpa_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor lse, {_OPTIONS}, bool need_query, bool need_key, bool need_value, "
     "bool need_mask, bool need_slopes, bool need_sinks) -> (Tensor grad_query, Tensor grad_key, "
@@ -166,6 +172,11 @@ def _row_terms(query: Tensor) -> Tensor:
 @torch.library.register_fake("fmkernels::sdpa_forward", lib=_library)
 def _sdpa_forward_fake(query: Tensor, key: Tensor, value: Tensor, *options) -> tuple[Tensor, ...]:
     return empty_output(query, value), _row_terms(query)
+
+
+@torch.library.register_fake("fmkernels::sdpa_inference", lib=_library)
+def _sdpa_inference_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return empty_output(query, value)
 
 
 @torch.library.register_fake("fmkernels::sdpa_backward", lib=_library)
