@@ -1,6 +1,7 @@
 // The adjoint of a convolution, which is its gradient with respect to the input, and the transposed
 // convolution: one correlation for every residue of positions modulo the strides.
 
+#include "cpu/conv_parts.h"
 #include "cpu/conv_winograd.h"
 
 namespace fmk::FMK_ISA {
@@ -139,6 +140,12 @@ void correlate_adjoint(const ConvShape& s, const WeightView<T>& view, const void
   c.out_channels = s.channels / s.groups;
   const bool turns = residues(s) > 0 && residues_take_turns(s, c);
   const int64_t starts = turns ? 1 : s.stride_w;
+  Correlation<T> parts[kMostParts];
+  int64_t count = 0;
+  const auto correlate_found = [&] {
+    correlate_parts(parts, count, pool);
+    count = 0;
+  };
   for (int64_t z0 = z.begin; z0 < min_of(z.end, z.begin + s.stride_d); ++z0)
     for (int64_t y0 = y.begin; y0 < min_of(y.end, y.begin + s.stride_h); ++y0)
       for (int64_t x0 = x.begin; x0 < min_of(x.end, x.begin + starts); ++x0) {
@@ -158,8 +165,11 @@ void correlate_adjoint(const ConvShape& s, const WeightView<T>& view, const void
         c.place_z = {z.end - z.begin, z0 - z.begin, s.stride_d};
         c.place_y = {y.end - y.begin, y0 - y.begin, s.stride_h};
         c.place_x = {x.end - x.begin, x0 - x.begin, s.stride_w};
-        correlate(c, pool);
+        parts[count++] = c;
+        // A weight that is packed here makes room for the next one.
+        if (count == kMostParts || residues(s) == 0) correlate_found();
       }
+  correlate_found();
 }
 
 #define FMK_INSTANTIATE(T)                                                                     \

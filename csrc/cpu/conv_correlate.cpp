@@ -7,10 +7,12 @@
 // the taps of a kernel row, being adjacent, become one long reduction; that is why images of few
 // channels are staged, too.
 
+#include <optional>
 #include <type_traits>
 
 #include "cpu/conv_by_rows.h"
 #include "cpu/conv_dense.h"
+#include "cpu/conv_parts.h"
 #include "cpu/conv_plan.h"
 #include "cpu/conv_small_groups.h"
 
@@ -39,20 +41,23 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
       Plan::panel_parts, Plan::shards;
   using Plan::Plan;
 
+  int64_t units() const { return blocks * panel_parts; }
+
   void run(const Parallel& pool) const {
-    WorkShares work(shards, blocks * panel_parts, p.moments.sharing());
+    WorkShares work(shards, units(), p.moments.sharing());
     parallel_for(pool, work.count(), [&](int64_t shard) { run_shard(shard, &work); });
   }
 
   void run_shard(int64_t shard, WorkShares* work) const {
-    const int64_t rows = p.batch * image_rows;
-    for (int64_t unit; work->take(shard, &unit);) {
-      const int64_t block = unit / panel_parts, part = unit % panel_parts;
-      const int64_t panels = groups * split.count;
-      run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
-                panels * part / panel_parts, panels * (part + 1) / panel_parts);
-    }
+    for (int64_t unit; work->take(shard, &unit);) run_unit(shard, unit);
     if (streams) stream_end();
+  }
+
+  void run_unit(int64_t shard, int64_t unit) const {
+    const int64_t rows = p.batch * image_rows, panels = groups * split.count;
+    const int64_t block = unit / panel_parts, part = unit % panel_parts;
+    run_block(shard, rows * block / blocks, rows * (block + 1) / blocks,
+              panels * part / panel_parts, panels * (part + 1) / panel_parts);
   }
 
   void run_block(int64_t shard, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) const {
@@ -410,24 +415,71 @@ void run(const Correlation<T>& p, const Parallel& pool) {
   Correlator<T, D, kDepthwise>(p, pool).run(pool);
 }
 
+template <class T>
+bool is_empty(const Correlation<T>& p) {
+  const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.out_rows();
+  return p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0;
+}
+template <class T>
+bool is_depthwise(const Correlation<T>& p) {
+  return p.channels == 1 && p.out_channels == 1 && p.groups > 1;
+}
+
+// Block by block, all parts of a block one after the other.
+template <class T, class D, bool kDepthwise>
+void run_together(const Correlation<T>* parts, int64_t count, const Parallel& pool) {
+  std::optional<Correlator<T, D, kDepthwise>> plans[kMostParts];
+  int64_t units = 0, shards = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_empty(parts[i])) continue;
+    plans[i].emplace(parts[i], pool);
+    units = max_of(units, plans[i]->units());
+    shards = max_of(shards, plans[i]->shards);
+  }
+  if (units == 0) return;
+  share_out(pool, min_of(shards, units * count), units * count, WorkShares::kStealing,
+            [&](int64_t shard, int64_t unit) {
+              const auto& plan = plans[unit % count];
+              if (plan && unit / count < plan->units()) plan->run_unit(shard, unit / count);
+            });
+}
+
 }  // namespace
 
 template <class T>
+void correlate_parts(const Correlation<T>* parts, int64_t count, const Parallel& pool) {
+  // Parts that other kernels are there for, or that are cut, are computed one by one.
+  bool together = count > 1;
+  for (int64_t i = 0; i < count; ++i)
+    together &= !parts[i].in_order() && parts[i].out_rows() > 1 && !parts[i].moments.wanted();
+  if (!together) {
+    for (int64_t i = 0; i < count; ++i) correlate(parts[i], pool);
+  } else if (is_depthwise(parts[0])) {
+    run_together<T, Acc<T>, true>(parts, count, pool);
+  } else {
+    run_together<T, Word<T>, false>(parts, count, pool);
+  }
+}
+
+template <class T>
 void correlate(const Correlation<T>& p, const Parallel& pool) {
-  const int64_t image_rows = p.pool.kernel_h ? p.pool.out_height : p.out_rows();
-  if (p.batch * image_rows * p.x.out_size * p.groups * p.out_channels == 0) return;
+  if (is_empty(p)) return;
   const bool planar = p.z.in_size == 1 && p.z.taps == 1 && p.in_order() && !p.turns;
   if (planar && p.padding == PaddingMode::kZeros && correlate_small_groups(p, pool)) return;
   if (correlate_dense(p, pool)) return;
-  if (p.channels == 1 && p.out_channels == 1 && p.groups > 1)
+  if (is_depthwise(p))
     run<T, Acc<T>, true>(p, pool);
   else
     run<T, Word<T>, false>(p, pool);
 }
 
-template void correlate(const Correlation<float>&, const Parallel&);
-template void correlate(const Correlation<bf16>&, const Parallel&);
-template void correlate(const Correlation<f16>&, const Parallel&);
-template void correlate(const Correlation<double>&, const Parallel&);
+#define FMK_INSTANTIATE(T)                                         \
+  template void correlate(const Correlation<T>&, const Parallel&); \
+  template void correlate_parts(const Correlation<T>*, int64_t, const Parallel&);
+FMK_INSTANTIATE(float)
+FMK_INSTANTIATE(bf16)
+FMK_INSTANTIATE(f16)
+FMK_INSTANTIATE(double)
+#undef FMK_INSTANTIATE
 
 }  // namespace fmk::FMK_ISA
