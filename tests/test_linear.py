@@ -124,7 +124,7 @@ def test_transposed_weight(rows, columns, dtype, backend):
     assert weight.grad.stride() == weight.stride()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 10, 16, 17])
 @pytest.mark.parametrize("residual", [False, True])
 @dtypes
 def test_few_rows(rows, residual, dtype, backend):

@@ -312,6 +312,41 @@ def test_cells(dtype, kind):
 
 
 @dtypes
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh", "relu"])
+def test_steps(dtype, kind, has_state):
+    """A cell without a graph."""
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    input, h0, weights = _recurrent_operands(gates, dtype, 1, False)
+    h0 = h0[0] if has_state else None
+    c0 = torch.randn_like(h0) if has_state and kind == "lstm" else None
+    arguments = (input[0], h0, c0, [weight.detach() for weight in weights], None, kind)
+    torch.library.opcheck(ops.rnn_step.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x, h, c, w, kind: (x, h, None, w, kind), "both or none"),
+        (lambda x, h, c, w, kind: (x, h, c, w, "gru"), "only an LSTM"),
+        (lambda x, h, c, w, kind: (x, h, c, w, "sru"), "unknown name"),
+        (lambda x, h, c, w, kind: (x, h[:1], c, w, kind), "h0"),
+        (lambda x, h, c, w, kind: (x, h, c[:, :2], w, kind), "."),
+        (lambda x, h, c, w, kind: (x, h, c.double(), w, kind), "c0"),
+        (lambda x, h, c, w, kind: (x, h, c, w[:3], kind), "2 or 4"),
+        (lambda x, h, c, w, kind: (x, h, c, [w[0][:-1], *w[1:]], kind), "weights"),
+        (lambda x, h, c, w, kind: (x, None, None, [w[0], w[1].t(), *w[2:]], kind), "weights"),
+        (lambda x, h, c, w, kind: (x[None], h, c, w, kind), "two dimensions"),
+    ],
+)
+def test_a_step_checks_its_operands(spoil, message):
+    input, h0, weights = _recurrent_operands(4, torch.float32, 1, False)
+    operands = spoil(input[0], h0[0], h0[0].clone(), [w.detach() for w in weights], "lstm")
+    with pytest.raises(RuntimeError, match=message):
+        ops.rnn_step(*operands[:4], None, operands[4])
+
+
+@dtypes
 @pytest.mark.parametrize("directions", [1, 2])
 def test_recurrent_pack_weights(dtype, directions):
     for gates, op, flags in ((4, "lstm", (False,)), (3, "gru", ()), (1, "rnn", ())):

@@ -31,12 +31,13 @@ def use_threads():
     torch.set_num_threads(before)
 
 
-# Up to 4 rows are dot products, more are columns of a tile: one vector of them, two, a second
-# panel. Units: within a vector, and a second one that is not full.
+# Up to 4 or 16 rows, as the instruction set has it, are dot products in groups of 1 to 4; more are
+# columns of a tile: one vector of them, two, a second panel. Units: within a vector, and a second
+# one that is not full.
 @threads
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=testing.dtype_name)
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 17, 33, 70])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 11, 16, 17, 33, 70])
 @pytest.mark.parametrize(("features", "hidden"), [(7, 3), (33, 16), (19, 40), (300, 200)])
 def test_cell(kind, dtype, batch, features, hidden, threads, use_threads):
     use_threads(threads)
@@ -68,6 +69,39 @@ def test_cell(kind, dtype, batch, features, hidden, threads, use_threads):
         return call
 
     testing.compare(run(ours, backend="cpu"), run(theirs), arguments)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=testing.dtype_name)
+@pytest.mark.parametrize("batch", [0, 1, 7, 20])
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+@pytest.mark.parametrize("biases", [False, True], ids=["no biases", "biases"])
+def test_cell_without_a_graph(kind, dtype, batch, state, biases):
+    """An op of its own, which leaves out the products with a state that is not there."""
+    ours, theirs, gates = CELLS[kind]
+    features, hidden = 19, 40
+    states = [testing.normal(batch, hidden, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
+    arguments = [
+        testing.normal(batch, features, dtype=dtype),
+        *(states if state else [torch.zeros_like(state) for state in states]),
+        testing.normal(gates * hidden, features, dtype=dtype, std=hidden**-0.5),
+        testing.normal(gates * hidden, hidden, dtype=dtype, std=hidden**-0.5),
+        *(testing.normal(gates * hidden, dtype=dtype, std=hidden**-0.5) for _ in range(2)),
+    ]
+
+    def run(cell, absent, input, *operands, **options):
+        *hx, w_ih, w_hh, b_ih, b_hh = operands
+        hx = None if absent else tuple(hx) if len(hx) == 2 else hx[0]
+        results = cell(input, hx, w_ih, w_hh, *((b_ih, b_hh) if biases else ()), **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    with torch.no_grad():
+        results = run(ours, not state, *arguments, backend="cpu")
+        expected = run(theirs, False, *(tensor.double() for tensor in arguments))
+        eager = run(theirs, False, *arguments)
+    for index, (result, oracle, other) in enumerate(zip(results, expected, eager, strict=True)):
+        assert result.dtype == dtype
+        testing.assert_within_policy(f"state {index}", result, other, oracle)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

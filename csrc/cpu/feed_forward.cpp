@@ -8,18 +8,6 @@
 namespace fmk::FMK_ISA {
 namespace {
 
-template <class T>
-FMK_INLINE Vec<T> load_lanes(const T* p, int lanes) {
-  return lanes == Vec<T>::W ? load(p) : load(p, lanes);
-}
-template <class T>
-FMK_INLINE void store_lanes(T* p, Vec<T> x, int lanes) {
-  if (lanes == Vec<T>::W)
-    store(p, x);
-  else
-    store(p, x, lanes);
-}
-
 // What the steps of both passes know. In a paired product the gate's columns of a tile come first,
 // and column numbers are those of the pair.
 template <class T>

@@ -1,61 +1,19 @@
 // Products of a few rows: bound by reading B, which is read once, where it lies, in whole rows.
 #pragma once
 
+#include "cpu/dot_rows.h"
 #include "cpu/gemm_problem.h"
 
 namespace fmk::FMK_ISA {
 
-// z[i][j] = a[i] . b[j], MR rows of A with kColumns rows of a transposed B, all as they lie.
-template <class T, int MR, int kColumns>
-FMK_NOINLINE void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k, Acc<T>* z,
-                           int64_t ld_z) {
-  using V = Vec<T>;
-  V acc[MR][kColumns];
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) acc[i][j] = zero<V>();
-  const auto step = [&](int64_t at, int lanes) FMK_LAMBDA {
-    const bool whole = lanes == V::W;
-    V x[MR];
-    FMK_FOR (i, MR) x[i] = whole ? load(a + i * lda + at) : load(a + i * lda + at, lanes);
-    FMK_FOR (j, kColumns) {
-      const V y = pin(whole ? load(b + j * ldb + at) : load(b + j * ldb + at, lanes));
-      FMK_FOR (i, MR) acc[i][j] = fma(x[i], y, acc[i][j]);
-    }
-  };
-  int64_t at = 0;
-  for (; at + V::W <= k; at += V::W) step(at, V::W);
-  if (at < k) step(at, static_cast<int>(k - at));
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) z[i * ld_z + j] = reduce_add(acc[i][j]);
-}
-
-template <class T, int MR>
-FMK_INLINE void dot_columns(const GemmProblem<T>& p, const T* b, int64_t columns, Acc<T>* z,
-                            int64_t ld_z) {
-#if defined(__AVX512F__)
-  constexpr int kColumns = MR <= 2 ? 8 : 4;
-#else
-  constexpr int kColumns = MR <= 2 ? 4 : 2;
-#endif
-  int64_t j = 0;
-  for (; j + kColumns <= columns; j += kColumns)
-    dot_tile<T, MR, kColumns>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
-  for (; j < columns; ++j) dot_tile<T, MR, 1>(p.a, p.lda, b + j * p.ldb, p.ldb, p.k, z + j, ld_z);
-}
-
-// All rows of one panel of C, for at most kUnpackedRows rows and a transposed B.
+// All rows of one panel of C, for at most kDotRows rows and a transposed B.
 template <class T>
 FMK_NOINLINE void dot_block(const GemmProblem<T>& p, int64_t panel) {
   const PanelPlace at = PanelPlace::of(p, panel);
-  alignas(64) Acc<T> z[kUnpackedRows * kPanelVecs * Vec<T>::W] = {};
+  alignas(64) Acc<T> z[kDotRows<T> * kPanelVecs * Vec<T>::W] = {};
   const auto columns_of = [&](const T* matrix, Acc<T>* to) FMK_LAMBDA {
-    const T* b = matrix + at.first * p.ldb;
-    switch (p.m) {
-      case 1: return dot_columns<T, 1>(p, b, at.valid, to, at.width);
-      case 2: return dot_columns<T, 2>(p, b, at.valid, to, at.width);
-      case 3: return dot_columns<T, 3>(p, b, at.valid, to, at.width);
-      case 4: return dot_columns<T, 4>(p, b, at.valid, to, at.width);
-    }
+    const DotPart<T> part[]{{p.a, p.lda, matrix + at.first * p.ldb, p.ldb, p.k}};
+    dot_rows(part, p.m, at.valid, to, at.width);
   };
   if (p.paired) columns_of(p.b_first, z);
   columns_of(p.b, z + (at.width - at.part));
@@ -122,7 +80,8 @@ FMK_NOINLINE void add_rows_block(const GemmProblem<T>& p, int64_t column, int64_
 // Whether few_rows_gemm takes the product.
 template <class T>
 FMK_INLINE bool has_few_rows(const GemmProblem<T>& p) {
-  return p.m <= kUnpackedRows && !p.packed_b && !p.a_reduction_major;
+  const int64_t most = p.b_transposed ? kDotRows<T> : kUnpackedRows;
+  return p.m <= most && !p.packed_b && !p.a_reduction_major;
 }
 template <class T>
 FMK_INLINE void few_rows_gemm(const GemmProblem<T>& p, int64_t threads, const Parallel& pool) {

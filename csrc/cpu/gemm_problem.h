@@ -38,8 +38,6 @@ struct GemmProblem {
 // gives (about 20 us of one core).
 constexpr double kSerialFlops = 4e6;
 constexpr int64_t kSerialBytes = 256 * 1024;
-// Products of at most so many rows read each number of B once: packing would double the traffic.
-constexpr int64_t kUnpackedRows = 4;
 
 template <class T>
 FMK_INLINE int64_t packed_words(int64_t n, int64_t k) {

@@ -18,17 +18,6 @@ FMK_INLINE void for_vectors(int64_t n, const Body& body) {
   for (; i + V::W <= n; i += V::W) body(i, V::W);
   if (i < n) body(i, static_cast<int>(n - i));
 }
-template <class T>
-FMK_INLINE Vec<T> load_lanes(const T* p, int lanes) {
-  return lanes == Vec<T>::W ? load(p) : load(p, lanes);
-}
-template <class T, class V>
-FMK_INLINE void store_lanes(T* p, V x, int lanes) {
-  if (lanes == V::W)
-    store(p, x);
-  else
-    store(p, x, lanes);
-}
 // x as it comes back from storage.
 template <class T>
 FMK_INLINE Vec<T> rounded(Vec<T> x) {

@@ -63,9 +63,10 @@ struct RnnForward {
   const int64_t* lengths;  // [B], each in [0, T]; null: all T
   const void* input;       // rows of I, anywhere
   SequenceStrides input_strides;
-  const void* h0;  // [D][B][P]
-  const void* c0;  // [D][B][H]
-  bool wide_cell;  // c0 and c_n are float though the dtype is not
+  const void* h0;   // [D][B][P]
+  const void* c0;   // [D][B][H]
+  bool wide_cell;   // c0 and c_n are float though the dtype is not
+  bool zero_state;  // of a cell: h0 and c0 hold zeros, so that products with h0 may be left out
   RnnWeights weights[2];
   const void* packed_weight;  // from pack_weight, or null: packed by this call
   void* output;               // rows of D * P

@@ -4,66 +4,13 @@
 // share the units.
 #include <type_traits>
 
+#include "cpu/dot_rows.h"
 #include "cpu/rnn_cells.h"
 #include "cpu/rnn_pack.h"
 #include "cpu/rnn_tile.h"
 
 namespace fmk::FMK_ISA {
 namespace {
-
-// Pre-activations of up to kUnpackedRows rows: z[i][j] = x[i] . w[j] + h[i] . u[j].
-template <class T>
-struct DotOperands {
-  struct Part {
-    const T* x;  // [rows][ldx]
-    int64_t ldx;
-    const T* w;  // [columns][k]
-    int64_t k;
-  };
-  Part parts[2];
-};
-
-template <class T, int MR, int kColumns>
-FMK_NOINLINE void dot_gates(const DotOperands<T>& in, Acc<T>* z, int64_t ld_z) {
-  using V = Vec<T>;
-  V acc[MR][kColumns];
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) acc[i][j] = zero<V>();
-  for (const auto& part : in.parts) {
-    const auto step = [&](int64_t at, int lanes) FMK_LAMBDA {
-      V x[MR];
-      FMK_FOR (i, MR) x[i] = load_lanes(part.x + i * part.ldx + at, lanes);
-      FMK_FOR (j, kColumns) {
-        const T* w = part.w + j * part.k + at;
-        // The rows after these: each is too short for the hardware to see a stream.
-        __builtin_prefetch(w + kColumns * part.k);
-        const V y = pin(load_lanes(w, lanes));
-        FMK_FOR (i, MR) acc[i][j] = fma(x[i], y, acc[i][j]);
-      }
-    };
-    int64_t at = 0;
-    for (; at + V::W <= part.k; at += V::W) step(at, V::W);
-    if (at < part.k) step(at, static_cast<int>(part.k - at));
-  }
-  FMK_FOR (i, MR)
-    FMK_FOR (j, kColumns) z[i * ld_z + j] = reduce_add(acc[i][j]);
-}
-
-template <class T, int MR>
-FMK_INLINE void dot_columns_of_gate(DotOperands<T> in, int64_t columns, Acc<T>* z, int64_t ld_z) {
-#if defined(__AVX512F__)
-  constexpr int kColumns = MR <= 2 ? 8 : 4;
-#else
-  constexpr int kColumns = MR <= 2 ? 4 : 2;
-#endif
-  const auto next = [&](int64_t count) FMK_LAMBDA {
-    for (auto& part : in.parts) part.w += count * part.k;
-  };
-  int64_t j = 0;
-  for (; j + kColumns <= columns; j += kColumns, next(kColumns))
-    dot_gates<T, MR, kColumns>(in, z + j, ld_z);
-  for (; j < columns; ++j, next(1)) dot_gates<T, MR, 1>(in, z + j, ld_z);
-}
 
 // to[c][r] = from[r][c] + shift[r] for a block of W x W.
 template <class V>
@@ -110,9 +57,9 @@ class CellRun {
       if (p.cell_states) cell_outputs_[i] = static_cast<T*>(p.cell_states) + i * p.cell_strides.row;
       saved_rows_[i] = i;
     }
-    if (rows > kUnpackedRows) transpose_operands();
+    if (rows > kDotRows<T>) transpose_operands();
     for (int64_t block = block0; block < block1; ++block) {
-      if (rows > kUnpackedRows)
+      if (rows > kDotRows<T>)
         by_tiles(block);
       else
         by_dot_products(block);
@@ -135,7 +82,7 @@ class CellRun {
   int64_t row_vecs() const { return ceil_div(rows, int64_t{W}); }
 
   void plan(Arena& arena) {
-    const bool tiles = rows > kUnpackedRows;
+    const bool tiles = rows > kDotRows<T>;
     gates_ = arena.take<Acc<T>>(row_vecs() * W * kRow);
     c_ = arena.take<Acc<T>>(rows * W);
     transposed_ = arena.take<Acc<T>>(W * kVecs * W);
@@ -150,6 +97,7 @@ class CellRun {
   static constexpr bool kGru = Blocks::kGates == 3;
   FMK_INLINE constexpr bool reads_x(int position) { return !kGru || position != 3; }
   FMK_INLINE constexpr bool reads_h(int position) { return !kGru || position != 2; }
+  bool multiplies_h(int position) const { return reads_h(position) && !p.zero_state; }
   int64_t weight_row(int64_t block, int position) const {
     if (Blocks::kGates == 1) return block * kBlockUnits + position * W;
     return min_of(position, Blocks::kGates - 1) * units + block * W;
@@ -184,15 +132,10 @@ class CellRun {
     for (int position = 0; position < Blocks::kPositions; ++position) {
       const int64_t row = weight_row(block, position), columns = units_of(block, position);
       Acc<T>* z = gates_ + position * W;
-      DotOperands<T> in{};
-      if (reads_x(position)) in.parts[0] = {input_row(0), p.input_strides.row, x_weight(row), I};
-      if (reads_h(position)) in.parts[1] = {static_cast<const T*>(p.h0), H, h_weight(row), H};
-      switch (rows) {
-        case 1: dot_columns_of_gate<T, 1>(in, columns, z, kRow); break;
-        case 2: dot_columns_of_gate<T, 2>(in, columns, z, kRow); break;
-        case 3: dot_columns_of_gate<T, 3>(in, columns, z, kRow); break;
-        case 4: dot_columns_of_gate<T, 4>(in, columns, z, kRow); break;
-      }
+      DotPart<T> parts[2]{};
+      if (reads_x(position)) parts[0] = {input_row(0), p.input_strides.row, x_weight(row), I, I};
+      if (multiplies_h(position)) parts[1] = {static_cast<const T*>(p.h0), H, h_weight(row), H, H};
+      dot_rows(parts, rows, columns, z, kRow);
       alignas(64) Acc<T> bias[W];
       bias_of(block, position, bias);
       for (int64_t i = 0; i < rows; ++i) {
@@ -251,7 +194,8 @@ class CellRun {
             {from, apart}, words, panel, from + tiles.rows(tile) * apart};
       };
       if (reads_x(position)) in.parts[0] = part(x_weight(weight + row), I, x_panels_ + first * I);
-      if (reads_h(position)) in.parts[1] = part(h_weight(weight + row), H, h_panels_ + first * H);
+      if (multiplies_h(position))
+        in.parts[1] = part(h_weight(weight + row), H, h_panels_ + first * H);
       in.gates = transposed_ + row * NV * W;
       in.ld_gates = NV * W;
       in.ahead_step = 64;

@@ -21,9 +21,6 @@ FMK_INLINE VecF divide(VecF n, VecF d) {
 #endif
 }
 FMK_INLINE VecD divide(VecD n, VecD d) { return n / d; }
-FMK_INLINE VecD copy_sign(VecD magnitude, VecD sign) {
-  return select(less(sign, zero<VecD>()), zero<VecD>() - magnitude, magnitude);
-}
 
 // e^x (or e^x - 1) of several vectors side by side, as exp and expm1 in vmath.h: each is one long
 // chain, and the processor does not look far enough ahead to find the next one by itself.

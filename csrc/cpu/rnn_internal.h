@@ -26,18 +26,6 @@ struct OperandOf<T, false> {
 template <class T>
 using Operand = typename OperandOf<T>::Type;
 
-template <class T>
-FMK_INLINE Vec<T> load_lanes(const T* p, int lanes) {
-  return lanes == Vec<T>::W ? load(p) : load(p, lanes);
-}
-template <class T, class V>
-FMK_INLINE void store_lanes(T* p, V x, int lanes) {
-  if (lanes == V::W)
-    store(p, x);
-  else
-    store(p, x, lanes);
-}
-
 FMK_INLINE int gates_of(RnnKind kind) {
   return kind == RnnKind::kLstm ? 4 : kind == RnnKind::kGru ? 3 : 1;
 }

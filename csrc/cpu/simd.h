@@ -88,6 +88,19 @@ using Vec = typename ComputeOf<T>::Vec;
 template <class T>
 using Acc = typename Vec<T>::Elem;
 
+// The first `lanes` elements, or a whole vector by the quicker form.
+template <class T>
+FMK_INLINE Vec<T> load_lanes(const T* p, int lanes) {
+  return lanes == Vec<T>::W ? load(p) : load(p, lanes);
+}
+template <class T, class V>
+FMK_INLINE void store_lanes(T* p, V x, int lanes) {
+  if (lanes == V::W)
+    store(p, x);
+  else
+    store(p, x, lanes);
+}
+
 // One element as its compute type.
 FMK_INLINE float widen(float x) { return x; }
 FMK_INLINE double widen(double x) { return x; }

@@ -346,6 +346,43 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, Te
   return run_forward(s, p, input, h0, weights, packed_weight, lengths, has_biases, batch_first);
 }
 
+Tensor zero_state(const Tensor& input, int64_t features) {
+  Tensor state = allocate(input, {input.size(0), features});
+  std::memset(mutable_data_of(state), 0, static_cast<size_t>(state.numel()) * state.element_size());
+  return state;
+}
+
+// A cell, of which nothing is kept for a backward pass: h and, of an LSTM, c. No state means zeros.
+std::tuple<Tensor, Tensor> rnn_step(const Tensor& input, const OptionalTensor& h0,
+                                    const OptionalTensor& c0, Tensors weights,
+                                    const OptionalTensor& packed_weight, std::string kind) {
+  FMK_CHECK(kind == "lstm" || kind == "gru" || kind == "tanh" || kind == "relu",
+            "kind: unknown name '", kind, "'");
+  FMK_CHECK(input.dim() == 2, "input: expected two dimensions, got ", input.dim());
+  FMK_CHECK(weights.size() == 2 || weights.size() == 4, "weights: expected 2 or 4 tensors, got ",
+            weights.size());
+  const bool lstm = kind == "lstm";
+  FMK_CHECK(!lstm || h0.has_value() == c0.has_value(), "h0, c0: expected both or none");
+  FMK_CHECK(lstm || !c0, "c0: only an LSTM has one");
+  RnnForward p{};
+  p.zero_state = !h0;
+  const Tensor h = h0 ? *h0 : zero_state(input, last_size(weights[1], "weights"));
+  const Tensor c = c0 ? *c0 : h;
+  const Sequence s = check_sequence(lstm            ? RnnKind::kLstm
+                                    : kind == "gru" ? RnnKind::kGru
+                                                    : kind_from(kind),
+                                    input, h, lstm ? last_size(c, "c0") : -1, std::nullopt, false);
+  Tensor c_n = allocate_if(lstm, c, s.cell);
+  if (lstm) {
+    p.wide_cell = check_cell(c, "c0", input, s);
+    p.c0 = data_of(c);
+    p.c_n = mutable_data_of(c_n);
+  }
+  auto [output, h_n] =
+      run_forward(s, p, input, h, weights, packed_weight, std::nullopt, weights.size() == 4, false);
+  return {h_n, c_n};
+}
+
 // --- backward ---
 
 // What every kind does alike; `p` holds what is special. Returns the gradients of input, h0 and the
@@ -510,6 +547,7 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
   m.impl("rnn_pack_weight", TORCH_BOX(&rnn_pack_weight));
+  m.impl("rnn_step", TORCH_BOX(&rnn_step));
 }
 
 }  // namespace fmk::ops

@@ -124,6 +124,10 @@ FMK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
   return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};
 }
+FMK_INLINE VecD copy_sign(VecD magnitude, VecD sign) {
+  const __m512d bit = _mm512_set1_pd(-0.0);
+  return {_mm512_or_pd(_mm512_andnot_pd(bit, magnitude.v), _mm512_and_pd(bit, sign.v))};
+}
 FMK_INLINE VecF round(VecF a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -137,6 +141,22 @@ FMK_INLINE WholeAndFraction split(VecF x) {
 FMK_INLINE VecF scale2(VecF p, VecF n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 FMK_INLINE float reduce_add(VecF a) { return _mm512_reduce_add_ps(a.v); }
 FMK_INLINE double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
+// Lane i is the sum of the lanes of a[i]: at each level two vectors become one of half the terms.
+FMK_INLINE VecF reduce_add(const VecF (&a)[16]) {
+  __m512 pairs[8], fours[4];
+  FMK_FOR (i, 8)
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v),
+                             _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+  FMK_FOR (i, 4) {
+    const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const auto add_quarters = [](__m512 x, __m512 y) FMK_LAMBDA {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  return {add_quarters(add_quarters(fours[0], fours[1]), add_quarters(fours[2], fours[3]))};
+}
 FMK_INLINE float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.v); }
 FMK_INLINE double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.v); }
 FMK_INLINE VecF pin(VecF a) {

@@ -154,6 +154,10 @@ FMK_INLINE VecD abs(VecD a) { return {(Doubles)((Longs)a.v & 0x7fffffffffffffff)
 FMK_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return {(Floats)(((Ints)magnitude.v & 0x7fffffff) | ((Ints)sign.v & ~0x7fffffff))};
 }
+FMK_INLINE VecD copy_sign(VecD magnitude, VecD sign) {
+  constexpr int64_t kMagnitude = 0x7fffffffffffffff;
+  return {(Doubles)(((Longs)magnitude.v & kMagnitude) | ((Longs)sign.v & ~kMagnitude))};
+}
 FMK_INLINE VecF round(VecF a) {
   for (int i = 0; i < VecF::W; ++i) a.v[i] = std::nearbyint(a.v[i]);
   return a;

@@ -101,6 +101,9 @@ def _reference_supports(
     return SUPPORTED
 
 
+# A cell on the CPU without a graph.
+STEP = _ops.rnn_step.default
+
 LSTM = {
     "cpu": _cpu("lstm"),
     "cuda": _cuda("lstm"),

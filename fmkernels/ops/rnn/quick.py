@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.rnn.autograd import NO_MASKS, SIMPLE, Extra, lstm_layer
-from fmkernels.ops.rnn.backends import LSTM
+from fmkernels.ops.rnn.backends import LSTM, STEP
 from fmkernels.ops.rnn.schema import PLAIN_LSTM, LSTMOptions
 
 _UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
+_CELLS = {kind: f"{kind}_cell" for kind in SIMPLE}
 
 
 def _layers_of(
@@ -146,14 +148,16 @@ def lstm_cell(
     try:
         if input.dim() != 2:
             return None
-        if hx is None:
+        h, c = (None, None) if hx is None else hx
+        others = weights if hx is None else (h, c, *weights)
+        if not is_ordinary("lstm_cell", LSTM, backend, input, *others):
+            return None
+        if c is not None and c.dtype != input.dtype:
+            return None
+        if not needs_graph(input, h, c, *weights):
+            return STEP(input, h, c, weights, packed_weight, "lstm")
+        if h is None:
             h = c = input.new_zeros(input.size(0), weights[1].size(1))
-        else:
-            h, c = hx
-        if c.dtype != input.dtype:
-            return None
-        if not is_ordinary("lstm_cell", LSTM, backend, input, h, c, *weights):
-            return None
         options = PLAIN_LSTM if len(weights) == 4 else _UNBIASED_LSTM
         return lstm_layer(
             "cpu", input, h, c, weights, packed_weight, NO_MASKS, options, False, False
@@ -175,11 +179,14 @@ def simple_cell(
     try:
         if input.dim() != 2:
             return None
+        backends, run_layer = SIMPLE[kind]
+        others = weights if h is None else (h, *weights)
+        if not is_ordinary(_CELLS[kind], backends, backend, input, *others):
+            return None
+        if not needs_graph(input, h, *weights):
+            return STEP(input, h, None, weights, packed_weight, extra[0] if extra else kind)[0]
         if h is None:
             h = input.new_zeros(input.size(0), weights[1].size(1))
-        backends, run_layer = SIMPLE[kind]
-        if not is_ordinary(f"{kind}_cell", backends, backend, input, h, *weights):
-            return None
         has_biases = len(weights) == 4
         return run_layer("cpu", input, h, weights, packed_weight, None, extra, has_biases, False)[
             1
