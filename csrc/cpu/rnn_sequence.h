@@ -259,11 +259,15 @@ class SequenceRun {
     return {reinterpret_cast<const char*>(shared_.hidden[side]),
             shared_.ld_h * static_cast<int64_t>(sizeof(Operand<T>))};
   }
+  // A block of units, and the one whose weights are read after its own.
+  struct BlockPlace {
+    int64_t block, next;
+  };
   // The panel that is read after this one, from its word `first` on.
   template <int kPanel>
-  const char* next_panel(int64_t block, int64_t first) const {
+  const char* next_panel(BlockPlace at, int64_t first) const {
     constexpr int kNext = kPanel + 1 < Blocks::kPanels ? kPanel + 1 : 0;
-    const int64_t own = kNext > 0 ? block : block + 1 < block1_ ? block + 1 : block0_;
+    const int64_t own = kNext > 0 ? at.block : at.next;
     return reinterpret_cast<const char*>(layout.x_panel(packed, own, kNext) +
                                          first * Blocks::kWidth[kNext] * W);
   }
@@ -293,8 +297,9 @@ class SequenceRun {
   // projected_ = bias + x W_ih^T for all rows of the chunk.
   void project_inputs(int64_t first, int64_t count) {
     for (int64_t block = block0_; block < block1_; ++block) {
-      project_panel<0>(block, count);
-      if constexpr (Blocks::kPanels > 1) project_panel<1>(block, count);
+      const BlockPlace at{block, block + 1 < block1_ ? block + 1 : block0_};
+      project_panel<0>(at, count);
+      if constexpr (Blocks::kPanels > 1) project_panel<1>(at, count);
     }
     if (!p.variant.layer_norm) return;
     for (int64_t step = 0; step < count; ++step) {
@@ -314,19 +319,21 @@ class SequenceRun {
     }
   }
   template <int kPanel>
-  void project_panel(int64_t block, int64_t count) {
+  void project_panel(BlockPlace at, int64_t count) {
+    const int64_t block = at.block;
     GateOperands<M> in{};
     in.parts[0] = {input_, layout.x_words, layout.x_panel(packed, block, kPanel)};
     in.init = layout.bias(packed, block) + Blocks::x_position(kPanel) * W;
     in.gates = projected_ + (block - block0_) * chunk() * rows.count * kRow +
                Blocks::x_position(kPanel) * W;
     in.ld_gates = kRow;
-    panel_tiles<kPanel, true>(count * rows.count, in, next_panel<kPanel>(block, 0));
+    panel_tiles<kPanel, true>(count * rows.count, in, next_panel<kPanel>(at, 0));
   }
 
   // The pre-activations of a block for the active rows. `gates` receives them.
   template <int kPanel>
-  void block_panel(int64_t block, int64_t index, int64_t active, int side, Acc<T>* gates) {
+  void block_panel(BlockPlace at, int64_t index, int64_t active, int side, Acc<T>* gates) {
+    const int64_t block = at.block;
     constexpr int kX = Blocks::x_position(kPanel), kH = Blocks::h_position(kPanel);
     GateOperands<M> in{};
     in.gates = gates + kH * W;
@@ -334,7 +341,7 @@ class SequenceRun {
     in.parts[1] = {hidden(side), layout.h_words, layout.h_panel(packed, block, kPanel)};
     // The next panel's words of x are asked for by whichever product here is of x.
     const bool of_h = hoisted_ || kX != kH;
-    const char* next = next_panel<kPanel>(block, of_h ? layout.x_words : 0);
+    const char* next = next_panel<kPanel>(at, of_h ? layout.x_words : 0);
     if (p.variant.layer_norm) return panel_tiles<kPanel, false>(active, in, next);
     in.init = layout.bias(packed, block) + kH * W;
     if (kX == kH && hoisted_) {
@@ -356,7 +363,7 @@ class SequenceRun {
         x.init = layout.bias(packed, block) + kX * W;
         x.gates = to;
         x.ld_gates = kRow;
-        panel_tiles<kPanel, false>(active, x, next_panel<kPanel>(block, 0));
+        panel_tiles<kPanel, false>(active, x, next_panel<kPanel>(at, 0));
       }
     }
   }
@@ -372,10 +379,15 @@ class SequenceRun {
       saved_rows_[i] = saved_row(t, i);
       if (p.cell_states) cell_outputs_[i] = cell_output(t, i);
     }
-    for (int64_t block = block0_; block < block1_; ++block) {
+    // Every other step goes through the blocks from their end: it begins with those weights that
+    // the step before has left in the nearest caches.
+    const int64_t step = side == 0 ? 1 : -1, first = side == 0 ? block0_ : block1_ - 1;
+    for (int64_t i = 0; i < own_blocks(); ++i) {
+      const int64_t block = first + i * step;
+      const BlockPlace at{block, i + 1 < own_blocks() ? block + step : block};
       Acc<T>* gates = gates_ + (variant_ ? block * rows.count * kRow : 0);
-      block_panel<0>(block, index, active, side, gates);
-      if constexpr (Blocks::kPanels > 1) block_panel<1>(block, index, active, side, gates);
+      block_panel<0>(at, index, active, side, gates);
+      if constexpr (Blocks::kPanels > 1) block_panel<1>(at, index, active, side, gates);
       if (!variant_) finish_block(block, active, side, gates);
     }
     if constexpr (kLstm) {
