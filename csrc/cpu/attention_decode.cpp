@@ -37,21 +37,9 @@ FMK_INLINE void store_sums(const V (&products)[kKeysPerTile][NQ], typename V::El
                            int64_t lanes) {
 #if defined(__AVX512F__)
   if constexpr (NQ == 4 && V::W == 16) {
-    // Halving the number of vectors and the terms per sum at a time: sums of four lanes each ...
-    __m512 four[4];
-    FMK_FOR (k, 4) {
-      const auto add = [](__m512 a, __m512 b) FMK_LAMBDA {
-        return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-      };
-      const __m512 a = add(products[k][0].v, products[k][1].v);
-      const __m512 b = add(products[k][2].v, products[k][3].v);
-      four[k] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    }
-    // ... then of the four quarters of the vectors: quarter k of the result is key k.
-    const auto add = [](__m512 a, __m512 b) FMK_LAMBDA {
-      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    const __m512 sums = add(add(four[0], four[1]), add(four[2], four[3]));
+    VecF all[16];
+    FMK_FOR (i, 16) all[i] = products[i / 4][i % 4];
+    const __m512 sums = reduce_add(all).v;  // quarter k is key k
     _mm_storeu_ps(scores, _mm512_castps512_ps128(sums));
     _mm_storeu_ps(scores + lanes, _mm512_extractf32x4_ps(sums, 1));
     _mm_storeu_ps(scores + 2 * lanes, _mm512_extractf32x4_ps(sums, 2));
