@@ -324,6 +324,21 @@ def test_steps(dtype, kind, has_state):
     torch.library.opcheck(ops.rnn_step.default, arguments)
 
 
+@dtypes
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh", "relu"])
+def test_recurrent_inference(dtype, kind, has_state, batch_first, directions):
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    input, h0, weights = _recurrent_operands(gates, dtype, directions, batch_first)
+    h0 = h0 if has_state else None
+    c0 = torch.randn_like(h0) if has_state and kind == "lstm" else None
+    weights = [weight.detach() for weight in weights]
+    arguments = (input, h0, c0, weights, None, kind, directions, batch_first)
+    torch.library.opcheck(ops.rnn_inference.default, arguments)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [

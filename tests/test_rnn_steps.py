@@ -80,7 +80,9 @@ def test_cell_without_a_graph(kind, dtype, batch, state, biases):
     """An op of its own, which leaves out the products with a state that is not there."""
     ours, theirs, gates = CELLS[kind]
     features, hidden = 19, 40
-    states = [testing.normal(batch, hidden, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
+    states = [
+        testing.normal(batch, hidden, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)
+    ]
     arguments = [
         testing.normal(batch, features, dtype=dtype),
         *(states if state else [torch.zeros_like(state) for state in states]),

@@ -346,32 +346,43 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& input, const Tensor& h0, Te
   return run_forward(s, p, input, h0, weights, packed_weight, lengths, has_biases, batch_first);
 }
 
-Tensor zero_state(const Tensor& input, int64_t features) {
-  Tensor state = allocate(input, {input.size(0), features});
+// Zeros in place of a state that was not given, of a cell or a layer.
+Tensor zero_state(const Tensor& input, int64_t directions, int64_t features, bool batch_first) {
+  const bool cell = input.dim() == 2;
+  const int64_t batch = input.size(cell || batch_first ? 0 : 1);
+  Tensor state = allocate(input, cell ? std::vector<int64_t>{batch, features}
+                                      : std::vector<int64_t>{directions, batch, features});
   std::memset(mutable_data_of(state), 0, static_cast<size_t>(state.numel()) * state.element_size());
   return state;
 }
 
-// A cell, of which nothing is kept for a backward pass: h and, of an LSTM, c. No state means zeros.
-std::tuple<Tensor, Tensor> rnn_step(const Tensor& input, const OptionalTensor& h0,
-                                    const OptionalTensor& c0, Tensors weights,
-                                    const OptionalTensor& packed_weight, std::string kind) {
+// A layer or cell without options, of which nothing is kept for a backward pass.
+std::tuple<Tensor, Tensor, Tensor> run_inference(const Tensor& input, const OptionalTensor& h0,
+                                                 const OptionalTensor& c0, const Tensors& weights,
+                                                 const OptionalTensor& packed_weight,
+                                                 const std::string& kind, int64_t directions,
+                                                 bool batch_first) {
   FMK_CHECK(kind == "lstm" || kind == "gru" || kind == "tanh" || kind == "relu",
             "kind: unknown name '", kind, "'");
-  FMK_CHECK(input.dim() == 2, "input: expected two dimensions, got ", input.dim());
-  FMK_CHECK(weights.size() == 2 || weights.size() == 4, "weights: expected 2 or 4 tensors, got ",
-            weights.size());
-  const bool lstm = kind == "lstm";
+  FMK_CHECK(directions == 1 || directions == 2, "directions: expected 1 or 2, got ", directions);
+  const auto count = static_cast<int64_t>(weights.size());
+  FMK_CHECK(count == 2 * directions || count == 4 * directions,
+            "weights: expected 2 or 4 tensors of each direction, got ", count);
+  const bool lstm = kind == "lstm", has_biases = count == 4 * directions;
   FMK_CHECK(!lstm || h0.has_value() == c0.has_value(), "h0, c0: expected both or none");
   FMK_CHECK(lstm || !c0, "c0: only an LSTM has one");
   RnnForward p{};
   p.zero_state = !h0;
-  const Tensor h = h0 ? *h0 : zero_state(input, last_size(weights[1], "weights"));
+  const Tensor h =
+      h0 ? *h0 : zero_state(input, directions, last_size(weights[1], "weights"), batch_first);
   const Tensor c = c0 ? *c0 : h;
-  const Sequence s = check_sequence(lstm            ? RnnKind::kLstm
-                                    : kind == "gru" ? RnnKind::kGru
-                                                    : kind_from(kind),
-                                    input, h, lstm ? last_size(c, "c0") : -1, std::nullopt, false);
+  const Sequence s =
+      check_sequence(lstm            ? RnnKind::kLstm
+                     : kind == "gru" ? RnnKind::kGru
+                                     : kind_from(kind),
+                     input, h, lstm ? last_size(c, "c0") : -1, std::nullopt, batch_first);
+  FMK_CHECK(s.shape.directions == directions, "h0: expected ", directions, " directions, got ",
+            s.shape.directions);
   Tensor c_n = allocate_if(lstm, c, s.cell);
   if (lstm) {
     p.wide_cell = check_cell(c, "c0", input, s);
@@ -379,8 +390,25 @@ std::tuple<Tensor, Tensor> rnn_step(const Tensor& input, const OptionalTensor& h
     p.c_n = mutable_data_of(c_n);
   }
   auto [output, h_n] =
-      run_forward(s, p, input, h, weights, packed_weight, std::nullopt, weights.size() == 4, false);
-  return {h_n, c_n};
+      run_forward(s, p, input, h, weights, packed_weight, std::nullopt, has_biases, batch_first);
+  return {output, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTensor& h0,
+                                                 const OptionalTensor& c0, Tensors weights,
+                                                 const OptionalTensor& packed_weight,
+                                                 std::string kind, int64_t directions,
+                                                 bool batch_first) {
+  FMK_CHECK(input.dim() == 3, "input: expected three dimensions, got ", input.dim());
+  return run_inference(input, h0, c0, weights, packed_weight, kind, directions, batch_first);
+}
+
+std::tuple<Tensor, Tensor> rnn_step(const Tensor& input, const OptionalTensor& h0,
+                                    const OptionalTensor& c0, Tensors weights,
+                                    const OptionalTensor& packed_weight, std::string kind) {
+  FMK_CHECK(input.dim() == 2, "input: expected two dimensions, got ", input.dim());
+  auto [output, h, c] = run_inference(input, h0, c0, weights, packed_weight, kind, 1, false);
+  return {h, c};
 }
 
 // --- backward ---
@@ -547,6 +575,7 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
   m.impl("rnn_pack_weight", TORCH_BOX(&rnn_pack_weight));
+  m.impl("rnn_inference", TORCH_BOX(&rnn_inference));
   m.impl("rnn_step", TORCH_BOX(&rnn_step));
 }
 

@@ -101,8 +101,8 @@ def _reference_supports(
     return SUPPORTED
 
 
-# A cell on the CPU without a graph.
-STEP = _ops.rnn_step.default
+# Layers and cells on the CPU without options and a graph.
+LAYER, STEP = _ops.rnn_inference.default, _ops.rnn_step.default
 
 LSTM = {
     "cpu": _cpu("lstm"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.rnn.autograd import NO_MASKS, SIMPLE, Extra, lstm_layer
-from fmkernels.ops.rnn.backends import LSTM, STEP
+from fmkernels.ops.rnn.backends import LAYER, LSTM, STEP
 from fmkernels.ops.rnn.schema import PLAIN_LSTM, LSTMOptions
 
 _UNBIASED_LSTM = PLAIN_LSTM._replace(has_biases=False)
@@ -40,7 +40,7 @@ def _layers_of(
 
 def _run_stack(
     input: Tensor,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor | None],
     layers: list[tuple[list[Tensor], Tensor | None]],
     directions: int,
     run_layer: Callable[..., tuple[Tensor, ...]],
@@ -53,10 +53,33 @@ def _run_stack(
     for index, (weights, packed) in enumerate(layers):
         at = slice(index * directions, (index + 1) * directions)
         is_last = index + 1 == len(layers)
-        input, *rest = run_layer(is_last, input, [s[at] for s in states], weights, packed)
+        own = [None if state is None else state[at] for state in states]
+        input, *rest = run_layer(is_last, input, own, weights, packed)
         for parts, final in zip(finals, rest, strict=False):
             parts.append(final)
     return (input, *(torch.cat(parts) for parts in finals), *rest[len(states) :])
+
+
+def _infer(
+    kind: str,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    layers: list[tuple[list[Tensor], Tensor | None]],
+    directions: int,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """The stack without a graph: output and the final states; states that are None are zeros."""
+
+    def run_layer(_, input, states, own, packed):
+        h0, c0 = states if kind == "lstm" else (*states, None)
+        output, h_n, c_n = LAYER(input, h0, c0, own, packed, kind, directions, batch_first)
+        return (output, h_n, c_n) if kind == "lstm" else (output, h_n)
+
+    return _run_stack(input, states, layers, directions, run_layer)
+
+
+def _zeros(input: Tensor, stacked: int, hidden: int, batch_first: bool) -> Tensor:
+    return input.new_zeros(stacked, input.size(0 if batch_first else 1), hidden)
 
 
 def lstm(
@@ -77,7 +100,7 @@ def lstm(
         if input.dim() != 3 or weights[1].size(0) != 4 * hidden:
             return None
         if hx is None:
-            h0 = c0 = input.new_zeros(stacked, input.size(0 if batch_first else 1), hidden)
+            h0 = c0 = None
         elif isinstance(hx, (tuple, list)):
             h0, c0 = hx
             if h0.size(0) != stacked or c0.size(-1) != hidden:
@@ -87,6 +110,11 @@ def lstm(
         layers = _layers_of(weights, packed_weights, num_layers)
         if layers is None or not is_ordinary("lstm", LSTM, backend, input, h0, c0, *weights):
             return None
+        plain = options[1:] == PLAIN_LSTM[1:] and not return_cells
+        if plain and not needs_graph(input, h0, c0, *weights):
+            return _infer("lstm", input, (h0, c0), layers, directions, batch_first)
+        if hx is None:
+            h0 = c0 = _zeros(input, stacked, hidden, batch_first)
 
         def run_layer(is_last, input, states, own, packed):
             return lstm_layer(
@@ -118,14 +146,17 @@ def simple(
         hidden, stacked = weights[1].size(1), num_layers * directions
         if input.dim() != 3:
             return None
-        if h0 is None:
-            h0 = input.new_zeros(stacked, input.size(0 if batch_first else 1), hidden)
-        elif h0.size(0) != stacked:
+        if h0 is not None and h0.size(0) != stacked:
             return None
         layers = _layers_of(weights, packed_weights, num_layers)
         backends, run_kind = SIMPLE[kind]
         if layers is None or not is_ordinary(kind, backends, backend, input, h0, *weights):
             return None
+        if not needs_graph(input, h0, *weights):
+            name = extra[0] if extra else kind
+            return _infer(name, input, (h0,), layers, directions, batch_first)
+        if h0 is None:
+            h0 = _zeros(input, stacked, hidden, batch_first)
 
         def run_layer(_, input, states, own, packed):
             return run_kind(

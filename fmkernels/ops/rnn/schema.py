@@ -44,10 +44,11 @@ Results of every op:
 ``rnn_forward``
     weights: w_ih ``(H, I)``, w_hh ``(H, H)`` and with ``has_biases`` b_ih, b_hh ``(H)``.
     nonlinearity: "tanh" or "relu". Its output is all that the backward needs.
-``rnn_step``
-    a cell of the kind "lstm", "gru", "tanh" or "relu" as everyday calls without a graph have it:
-    h0 and, for an LSTM, c0 may be None, which stands for zeros and saves the products with them.
-    packed_weight is that of the kind's own op. Native alone. c is empty but for an LSTM.
+``rnn_inference``, ``rnn_step``
+    a layer and a cell of the kind "lstm", "gru", "tanh" or "relu" as everyday calls without a
+    graph have them: h0 and, for an LSTM, c0 may be None, which stands for zeros (and saves a cell
+    the products with them). packed_weight is that of the kind's own op. Native alone. What is
+    returned of c is empty but for an LSTM.
 ``<kind>_pack_weight``
     an opaque one-dimensional uint8 tensor.
 """
@@ -146,6 +147,10 @@ _library.define(
     f"{_NEEDS}) -> (Tensor grad_input, Tensor grad_h0, Tensor[] grad_weights)"
 )
 _library.define("rnn_pack_weight(Tensor[] weights, int directions, bool has_biases) -> Tensor")
+_library.define(
+    "rnn_inference(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed_weight, "
+    "str kind, int directions, bool batch_first) -> (Tensor output, Tensor h_n, Tensor c_n)"
+)
 _library.define(
     "rnn_step(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed_weight, "
     "str kind) -> (Tensor h, Tensor c)"
@@ -312,12 +317,20 @@ def _rnn_backward_fake(
     )
 
 
+@torch.library.register_fake("fmkernels::rnn_inference", lib=_library)
+def _rnn_inference_fake(input, h0, c0, weights, packed_weight, kind, directions, batch_first):
+    hidden = weights[1].size(1)
+    state = (directions, input.size(0 if batch_first else 1), hidden)
+    c_n = (input if c0 is None else c0).new_empty(state if kind == "lstm" else (0,))
+    output = input.new_empty(*input.shape[:2], directions * hidden)
+    return output, input.new_empty(state), c_n
+
+
 @torch.library.register_fake("fmkernels::rnn_step", lib=_library)
 def _rnn_step_fake(input, h0, c0, weights, packed_weight, kind):
     state = (input.size(0), weights[1].size(1))
-    if kind != "lstm":
-        return input.new_empty(state), input.new_empty((0,))
-    return input.new_empty(state), (input if c0 is None else c0).new_empty(state)
+    c = (input if c0 is None else c0).new_empty(state if kind == "lstm" else (0,))
+    return input.new_empty(state), c
 
 
 def _packed(weights: list[Tensor]) -> Tensor:
