@@ -34,9 +34,9 @@ struct GemmProblem {
   }
 };
 
-// Below this much arithmetic, on an operand of less than kSerialBytes, a fork costs more than it
-// gives (about 20 us of one core).
-constexpr double kSerialFlops = 4e6;
+// Below this much arithmetic (about 10 us of one core), on an operand of less than kSerialBytes, a
+// fork gives little: it costs 1 to 2 us while the threads are awake, and many times that otherwise.
+constexpr double kSerialFlops = 1e6;
 constexpr int64_t kSerialBytes = 256 * 1024;
 
 template <class T>
