@@ -230,6 +230,11 @@ def statistics():
     FF.attention_statistics(torch.randn(1, 2, 21, 20), torch.randn(1, 2, 37, 20), backend="triton")
 
 
+def weights(average=True):
+    tensors = (torch.randn(1, 2, 21, 20), torch.randn(1, 2, 37, 20), torch.randn(1, 2, 37, 20))
+    FF.attention_with_weights(*tensors, average=average, backend="triton")
+
+
 def cached_attention():
     caches = torch.randn(2, 1, 2, 19, 20)
     lengths = torch.tensor([19], dtype=torch.int32)
@@ -341,6 +346,11 @@ MUTANTS = {
         "attention.triton_statistics", "attention_statistics_kernel", "inside = at < num_queries",
         "inside = at <= num_queries",
         statistics, r"attention_statistics_kernel stores entropy_ptr at 42 ",
+    ),
+    "attention weights: a column too many": (
+        "attention.triton_weights", "attention_weights_kernel", "(n + columns < num_keys)",
+        "(n + columns <= num_keys)",
+        weights, r"attention_weights_kernel stores weights_ptr at 777 ",
     ),
     "attention: a key too many in the cache": (
         "attention.triton_decode", "attention_decode_kernel", "mask=held[:, None] & (lanes",

@@ -281,8 +281,8 @@ def attention_with_weights(
 
     Args:
         average: return the mean of the weights over the heads, of which there must be at least
-            one. The CPU's kernel then holds no weights of single heads, neither in the forward
-            nor in the backward pass.
+            one. The kernels then hold no weights of single heads; only Triton's gradient through
+            the mean takes PyTorch's operators, and does.
 
     Returns:
         output ``(..., Hq, Sq, Dv)`` and weights ``(..., Hq, Sq, Sk)``, with ``average``

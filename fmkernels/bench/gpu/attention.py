@@ -13,11 +13,13 @@ from fmkernels.ops.attention import triton as kernels
 from fmkernels.ops.attention import triton_cache as cache_kernels
 from fmkernels.ops.attention import triton_configs as configs
 from fmkernels.ops.attention import triton_statistics as statistics_kernels
+from fmkernels.ops.attention import triton_weights as weights_kernels
 from fmkernels.ops.attention.schema import Options
 
 KERNELS = (
     Kernel("attention_fwd_kernel", configs.FORWARD, matrix=True),
     Kernel("attention_statistics_kernel", configs.FORWARD, matrix=True),
+    Kernel("attention_weights_kernel", configs.FORWARD, matrix=True),
     Kernel("attention_bwd_preprocess_kernel", configs.STREAM),
     Kernel("attention_bwd_dkdv_kernel", configs.KEYS_VALUES, matrix=True, m_block="BLOCK_N"),
     Kernel("attention_bwd_dq_kernel", configs.QUERIES, matrix=True),
@@ -95,6 +97,29 @@ def _statistics(width: int, features: bool = False) -> Callable[[torch.dtype], N
     return call
 
 
+def _weights(
+    width: int, average: bool, mask: tuple[int, ...] = (), features: bool = False
+) -> Callable[[torch.dtype], None]:
+    """Of 16 heads over 1024 keys; features: softcap, ALiBi, sinks and dropout."""
+
+    def call(dtype: torch.dtype) -> None:
+        query, key, value = (_meta(dtype, 4, 1024, 16, width).transpose(1, 2) for _ in range(3))
+        given = Options(scale=width**-0.5)
+        if mask:
+            given = given._replace(attn_mask=_meta(torch.bool, *mask))
+        if features:
+            given = given._replace(
+                softcap=30.0,
+                alibi_slopes=_meta(torch.float32, 1, 16),
+                sinks=_meta(torch.float32, 16),
+                dropout_p=0.1,
+                dropout_seed=_meta(torch.int64, 1),
+            )
+        weights_kernels.sdpa_weights(query, key, value, *given, average)
+
+    return call
+
+
 def _cached(width: int, page: int = 0) -> Callable[[torch.dtype], None]:
     """One new token for each of 32 sequences: 32 heads on 8, caches of 8192 keys."""
 
@@ -136,6 +161,11 @@ CASES = (
       for width in (64, 128, 256, 512)),
     *(Case(f"statistics_features_d{width}", _statistics(width, features=True), dtypes=_BOTH)
       for width in (64, 128, 256, 512)),
+    *(Case(f"mean_weights_d{width}", _weights(width, True), dtypes=_BOTH)
+      for width in (64, 128, 256, 512)),
+    *(Case(f"mean_weights_mask_d{width}", _weights(width, True, (4, 1, 1, 1024)), dtypes=_BOTH)
+      for width in (64, 128, 256, 512)),
+    Case("weights_features_d128", _weights(128, False, features=True), dtypes=("bf16",)),
     Case("decode_d64", _cached(64), dtypes=_BOTH),
     Case("decode_paged_d128", _cached(128, page=16), dtypes=_BOTH),
     Case("decode_d256", _cached(256), dtypes=_BOTH),

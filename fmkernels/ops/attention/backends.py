@@ -90,6 +90,12 @@ WEIGHTS = {
         forward=torch.ops.fmkernels.sdpa_weights.default,
         backward=torch.ops.fmkernels.sdpa_weights_backward.default,
     ),
+    # Gradients of the weights themselves, which few callers ask for, take PyTorch's operators.
+    "triton": Backend(
+        supports=_triton_inference_supports,
+        forward=triton_op("fmkernels.ops.attention.triton_weights", "sdpa_weights"),
+        backward=reference.sdpa_weights_backward,
+    ),
     "reference": Backend(
         supports=_reference_supports,
         forward=reference.sdpa_weights,

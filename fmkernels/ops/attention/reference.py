@@ -224,7 +224,11 @@ def _backward(
     # Rows without a visible key: exp(-inf - inf) = 0 instead of exp(-inf + inf) = NaN.
     normaliser = lse.masked_fill(empty, float("inf")).unsqueeze(-1)
     scores, derivative = _scores(queries, keys, options, geometry)
-    weights = (scores - normaliser).exp()
+    if grad_given is None:
+        weights = (scores - normaliser).exp()
+    else:
+        # Triton's backward, too: the rounding of its lse is a factor that a row has in common.
+        weights, _ = _softmax(scores, options.sinks)
     grad_weights = grad_output @ values.transpose(-2, -1)
     if grad_given is not None:
         grad_weights = grad_weights + grad_given
