@@ -103,7 +103,8 @@ def _weights(
     """Of 16 heads over 1024 keys; features: softcap, ALiBi, sinks and dropout."""
 
     def call(dtype: torch.dtype) -> None:
-        query, key, value = (_meta(dtype, 4, 1024, 16, width).transpose(1, 2) for _ in range(3))
+        query, key = (_meta(dtype, 4, 1024, 16, width).transpose(1, 2) for _ in range(2))
+        lse = _meta(torch.float32, 4, 16, 1024)
         given = Options(scale=width**-0.5)
         if mask:
             given = given._replace(attn_mask=_meta(torch.bool, *mask))
@@ -115,7 +116,7 @@ def _weights(
                 dropout_p=0.1,
                 dropout_seed=_meta(torch.int64, 1),
             )
-        weights_kernels.sdpa_weights(query, key, value, *given, average)
+        weights_kernels.weights_from_lse(query, key, lse, given, average)
 
     return call
 

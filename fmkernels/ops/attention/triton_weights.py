@@ -124,8 +124,13 @@ def sdpa_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, average = options_and_average
     output, lse = sdpa_forward(query, key, value, *options)
-    problem = Problem(query, key, value, Options(*options))
-    given = problem.options
+    return output, weights_from_lse(query, key, lse, Options(*options), average), lse
+
+
+def weights_from_lse(
+    query: Tensor, key: Tensor, lse: Tensor, given: Options, average: bool
+) -> Tensor:
+    problem = Problem(query, key, key, given)
     weights = empty_weights(query, key, average)
     mask, mask_strides = problem.mask()
     config = problem.config(configs.FORWARD)
@@ -153,4 +158,4 @@ def sdpa_weights(
         AVERAGE=average,
         **{name: problem.constants[name] for name in constants},
     )
-    return output, weights, lse
+    return weights
