@@ -180,7 +180,8 @@ class DecodePass {
     carver = {static_cast<char*>(scratch_bytes(Scratch::kTile, carver.used)), 0};
     carve(carver);
     // Softmax runs over whole vectors, also over lanes without a query.
-    std::memset(b.scores, 0, kScores * sizeof(E));
+    const int64_t rows = min_of<int64_t>(kKeyBlock, p_.keys) + kMaxTileRows;
+    std::memset(b.scores, 0, rows * kMaxLanes<V> * sizeof(E));
     return b;
   }
 
