@@ -29,7 +29,8 @@ def lstm_cell(
 
     Args:
         input: ``(B, I)`` or ``(I)``; float32, bfloat16, float16 or float64.
-        hx: ``(h, c)``, each ``(B, H)`` or ``(H)``; None means zeros.
+        hx: ``(h, c)``, each ``(B, H)`` or ``(H)``; None means zeros, whose products with ``w_hh``
+            may be left out.
         w_ih: ``(4H, I)``.
         w_hh: ``(4H, H)``.
         b_ih, b_hh: ``(4H)`` or None.
@@ -80,7 +81,7 @@ def gru_cell(
 
     Args:
         input: ``(B, I)`` or ``(I)``; float32, bfloat16, float16 or float64.
-        hx: h ``(B, H)`` or ``(H)``; None means zeros.
+        hx: h ``(B, H)`` or ``(H)``; None means zeros, as for :func:`lstm_cell`.
         w_ih: ``(3H, I)``.
         w_hh: ``(3H, H)``.
         b_ih, b_hh: ``(3H)`` or None.
