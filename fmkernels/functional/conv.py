@@ -511,7 +511,18 @@ def _conv(
         pool,
         edges,
     )
-    return _start(plan, input, weight, bias, scale, shift, residual, packed_weight, backend, state)
+    return _start(
+        plan,
+        input,
+        weight,
+        bias,
+        scale,
+        shift,
+        residual,
+        packed_weight,
+        backend=backend,
+        state=state,
+    )
 
 
 def _plan_of(
@@ -575,7 +586,9 @@ def _conv_transpose(
         activation,
         parse_pool(pool, dims),
     )
-    return _start(plan, input, weight, bias, scale, shift, residual, packed_weight, backend)
+    return _start(
+        plan, input, weight, bias, scale, shift, residual, packed_weight, backend=backend
+    )
 
 
 class _Plan(NamedTuple):
@@ -706,19 +719,9 @@ def _check_operands(input: Tensor, weight: Tensor, residual: Tensor | None) -> N
 
 
 def _start(
-    plan: _Plan,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    packed_weight: Tensor | None,
-    backend: str | None,
-    state: Tensor | None = None,
+    plan: _Plan, *operands: Tensor | None, backend: str | None, state: Tensor | None = None
 ) -> Tensor:
-    """The everyday way, where the call is one, else the checked one."""
-    operands = (input, weight, bias, scale, shift, residual, packed_weight)
+    """The everyday way, where the call is one, else the checked one; operands as ``_run``'s."""
     if state is None and plan.pool is None:
         output = quick.conv(*operands, plan.options, backend)
         if output is not None:
