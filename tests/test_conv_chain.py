@@ -149,7 +149,10 @@ class Problem:
 
     def chain(self, reads=None):
         reads = in_a_row(self.layers) if reads is None else reads
-        output = quick.Chain(self.layers, reads)(self.input, self.residual)
+        return self.call(quick.Chain(self.layers, reads))
+
+    def call(self, chain):
+        output = chain(self.input, self.residual)
         assert output is not None, "the call was not taken as an everyday one"
         return output
 
@@ -185,12 +188,54 @@ def no_grad():
 @pytest.mark.parametrize("name", CHAINS)
 def test_against_float64(name, memory_format, no_grad):
     problem = Problem(name, torch.float32, memory_format)
-    actual = problem.chain()
+    chain = quick.Chain(problem.layers, in_a_row(problem.layers))
+    for _ in ("first call", "kept"):
+        actual = problem.call(chain)
+        testing.assert_within_policy(
+            "output", actual, problem.by_reference(), problem.by_reference(torch.Tensor.double)
+        )
+        if actual.numel():
+            assert actual.is_contiguous(memory_format=memory_format)
+
+
+def test_a_kept_chain_takes_any_image(no_grad):
+    """Other sizes, layouts and residuals, and a bias in other memory."""
+    problem = Problem("inverted residual", torch.float32, torch.channels_last)
+    chain = quick.Chain(problem.layers, in_a_row(problem.layers))
+    problem.call(chain)
+    for shape in ((1, 16, 9, 30), (3, 16, 37, 41), (1, 16, 9, 30)):
+        for memory_format in FORMATS:
+            problem.input = testing.normal(*shape).to(memory_format=memory_format)
+            problem.residual = testing.normal(*shape).to(memory_format=memory_format)
+            problem.layers[0].bias.data = testing.normal(96)
+            testing.assert_within_policy(
+                "output",
+                problem.call(chain),
+                problem.by_reference(),
+                problem.by_reference(torch.Tensor.double),
+            )
+    problem.residual = problem.residual[:, :, 1:]
+    assert chain(problem.input, problem.residual) is None
+    problem.layers[0].bias.data = testing.normal(95)
+    assert chain(problem.input, None) is None
+
+
+def test_a_kept_chain_is_dropped_with_its_owner(no_grad):
+    problem = Problem("inverted residual", torch.float32, torch.channels_last)
+    chain = quick.Chain(problem.layers, in_a_row(problem.layers))
+    problem.call(chain)
+    number = chain._kept
+    run = torch.ops.fmkernels.conv_chain_run
     testing.assert_within_policy(
-        "output", actual, problem.by_reference(), problem.by_reference(torch.Tensor.double)
+        "output",
+        run(problem.input, number, problem.residual),
+        problem.by_reference(),
+        problem.by_reference(torch.Tensor.double),
     )
-    if actual.numel():
-        assert actual.is_contiguous(memory_format=memory_format)
+    del chain
+    with pytest.raises(RuntimeError, match=f"{number} is not kept"):
+        run(problem.input, number, problem.residual)
+    torch.ops.fmkernels.conv_chain_drop(number)  # no harm
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
@@ -279,27 +324,34 @@ def test_the_op_itself(no_grad):
     problem = Problem("pool in the middle", torch.float32, torch.channels_last)
     weights = [layer.weight for layer in problem.layers]
     vectors = [v for layer in problem.layers for v in layer[1:5]]
-    options = [layer.options for layer in problem.layers]
-    numbers, names = quick.chain_settings(options, in_a_row(options))
-    arguments = (problem.input, weights, vectors, problem.residual, numbers, names)
+    options = quick.chain_text([x.options for x in problem.layers], in_a_row(weights))
+    arguments = (problem.input, weights, vectors, problem.residual, options)
     torch.library.opcheck(torch.ops.fmkernels.conv_chain.default, arguments)
     op = torch.ops.fmkernels.conv_chain
+
+    def reading(*reads):
+        return quick.chain_text([x.options for x in problem.layers], reads)
+
     with pytest.raises(RuntimeError, match="weights"):
-        op(problem.input, weights[:2], vectors, None, numbers, names)
+        op(problem.input, weights[:2], vectors, None, options)
     with pytest.raises(RuntimeError, match="channels"):
-        op(problem.input[:, :8], weights, vectors, None, numbers, names)
+        op(problem.input[:, :8], weights, vectors, None, options)
     with pytest.raises(RuntimeError, match="residual"):
-        op(problem.input, weights, vectors, problem.residual[:, :, 1:], numbers, names)
+        op(problem.input, weights, vectors, problem.residual[:, :, 1:], options)
     with pytest.raises(RuntimeError, match="scale"):
         wrong = [*vectors[:1], vectors[1][1:], *vectors[2:]]
-        op(problem.input, weights, wrong, None, numbers, names)
+        op(problem.input, weights, wrong, None, options)
     with pytest.raises(RuntimeError, match="after it"):
-        op(problem.input, weights, vectors, None, [*numbers[:15], 1, *numbers[16:]], names)
+        op(problem.input, weights, vectors, None, reading((1, -1), (1, -1), (2, -1), (3, -1)))
     with pytest.raises(RuntimeError, match="residual of layer 1"):
-        op(problem.input, weights, vectors, None, [*numbers[:33], 0, *numbers[34:]], names)
+        op(problem.input, weights, vectors, None, reading((0, -1), (1, 0), (2, -1), (3, -1)))
+    with pytest.raises(RuntimeError, match="fewer fields"):
+        op(problem.input, weights, vectors, None, options + ";")
+    with pytest.raises(RuntimeError, match="more fields"):
+        op(problem.input, weights, vectors, None, options.rpartition(";")[0])
     with pytest.raises(RuntimeError, match="packed"):
         wrong = [*vectors[:3], vectors[7], *vectors[4:]]
-        op(problem.input, weights, wrong, None, numbers, names)
+        op(problem.input, weights, wrong, None, options)
     twice = Problem("bare", torch.float32, torch.channels_last)
     with pytest.raises(AssertionError, match="everyday"):
         twice.chain(((0, -1), (1, -1), (2, 1)))

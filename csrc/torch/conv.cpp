@@ -1,7 +1,10 @@
 // Convolution operators: check, allocate, call.
 #include <algorithm>
 #include <charconv>
+#include <memory>
+#include <mutex>
 #include <tuple>
+#include <unordered_map>
 
 #include "torch/conv_chain.h"
 #include "torch/images.h"
@@ -14,6 +17,8 @@ struct Image {
   DType dtype;
   bool channels_last;
   Ints size;
+
+  bool operator==(const Image&) const = default;
 };
 Image image_of(const Tensor& input) {
   const bool channels_last = image_layout(input, "input");
@@ -244,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(
           saved.argmax ? *saved.argmax : allocate(input, {0}, ScalarType::Byte)};
 }
 
-// The options of conv_inference, see schema.py: fields between semicolons.
+// Options as text, see schema.py: fields between semicolons.
 class OptionFields {
  public:
   explicit OptionFields(const std::string& text) : text_(text) {}
@@ -284,76 +289,189 @@ class OptionFields {
   size_t at_ = 0;
 };
 
+struct Options {
+  Ints stride, padding, dilation;
+  int64_t groups;
+  bool transposed;
+  std::string padding_mode;
+  std::optional<std::string> activation, pool;
+  Ints window;
+
+  explicit Options(OptionFields& fields)
+      : stride(fields.integers()),
+        padding(fields.integers()),
+        dilation(fields.integers()),
+        groups(fields.integer()),
+        transposed(fields.integer() != 0),
+        padding_mode(fields.name()),
+        activation(fields.optional_name()),
+        pool(fields.optional_name()),
+        window(fields.integers()) {}
+};
+
 Tensor conv_inference(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& scale, const OptionalTensor& shift,
                       const OptionalTensor& residual, const OptionalTensor& packed_weight,
                       const std::string& options, bool exact) {
   OptionFields fields(options);
-  const Ints stride = fields.integers(), padding = fields.integers(), dilation = fields.integers();
-  const int64_t groups = fields.integer();
-  const bool transposed = fields.integer() != 0;
-  const std::string padding_mode = fields.name();
-  const auto activation = fields.optional_name(), pool = fields.optional_name();
-  const Ints window = fields.integers();
+  const Options o(fields);
   fields.finish();
-  return run_forward(input, weight, bias, scale, shift, residual, packed_weight, stride, padding,
-                     dilation, groups, transposed, padding_mode, activation, pool, window, exact,
-                     nullptr);
+  return run_forward(input, weight, bias, scale, shift, residual, packed_weight, o.stride,
+                     o.padding, o.dilation, o.groups, o.transposed, o.padding_mode, o.activation,
+                     o.pool, o.window, exact, nullptr);
 }
 
-// Of a layer of a chain: its share of the lists, see schema.py.
-constexpr size_t kChainNumbers = 17, kChainNames = 3, kChainVectors = 4;
+// A layer of a chain, see schema.py.
+struct ChainLayer {
+  Tensor weight;
+  OptionalTensor bias, scale, shift, packed_weight;
+  Options options;
+  int64_t input, residual;
+};
+
+// Layers in a row, and how they are computed for images like those of the last call.
+class KeptChain {
+ public:
+  KeptChain(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& vectors,
+            const std::string& options, bool exact)
+      : exact_(exact) {
+    constexpr size_t kVectors = 4;
+    const size_t count = weights.size();
+    FMK_CHECK(count >= 1 && vectors.size() == count * kVectors,
+              "weights: expected one per layer, and four vectors each");
+    OptionFields fields(options);
+    for (size_t i = 0; i < count; ++i) {
+      const OptionalTensor* vector = &vectors[i * kVectors];
+      const Options own(fields);
+      const int64_t input = fields.integer(), residual = fields.integer();
+      const int64_t known = static_cast<int64_t>(i);
+      FMK_CHECK(input >= 0 && input <= known && residual >= -1 && residual <= known,
+                "options: a layer reads what comes after it");
+      layers_.push_back(
+          {weights[i], vector[0], vector[1], vector[2], vector[3], own, input, residual});
+    }
+    fields.finish();
+  }
+
+  Tensor run(const Tensor& input, const OptionalTensor& residual) {
+    const Image image = image_of(input);
+    const std::shared_ptr<const ConvChain> chain = chain_for(image, input);
+    std::vector<ConvForward> layers = chain->layers;
+    // What was packed is nobody else's; a bias may have been given other memory since.
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (!layers_[i].bias) continue;
+      check_parameter(layers_[i].bias, "bias", input, {chain->sizes[i + 1][1]});
+      layers[i].bias = data_of(layers_[i].bias);
+    }
+    if (residual) {
+      FMK_CHECK(layers_.back().residual < 0, "residual: the last layer has one already");
+      const ConvShape& s = layers.back().shape;
+      check_image(*residual, "residual", input.scalar_type(),
+                  {s.batch, s.out_channels, s.out_height, s.out_width}, image.channels_last);
+      layers.back().residual = data_of(*residual);
+    }
+    Tensor output = allocate_image(input, chain->sizes.back(), image.channels_last);
+    Tensor workspace = allocate(input, {chain->workspace_bytes}, ScalarType::Byte);
+    chain->run(std::move(layers), data_of(input), mutable_data_of(output),
+               mutable_data_of(workspace), torch_pool());
+    return output;
+  }
+
+ private:
+  std::vector<ChainLayer> layers_;
+  bool exact_;
+  std::mutex mutex_;  // of the two below
+  Image image_;
+  std::shared_ptr<const ConvChain> chain_;
+
+  std::shared_ptr<const ConvChain> chain_for(const Image& image, const Tensor& input) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!chain_ || !(image == image_)) {
+      chain_ = plan(image, input);
+      image_ = image;
+    }
+    return chain_;
+  }
+
+  std::shared_ptr<const ConvChain> plan(Image image, const Tensor& input) const {
+    auto chain = std::make_shared<ConvChain>();
+    chain->add_value(image.size);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const ChainLayer& layer = layers_[i];
+      const Options& o = layer.options;
+      FMK_CHECK(!o.transposed && o.stride.size() == 2, "options: expected layers over two axes");
+      image.size = chain->sizes[static_cast<size_t>(layer.input)];
+      const Conv c = check_conv(image, layer.weight, o.stride, o.padding, o.dilation, o.groups,
+                                o.transposed, o.padding_mode, o.pool, o.window);
+      check_parameter(layer.bias, "bias", input, {c.output_channels});
+      check_vector(layer.scale, "scale", input, c.output_channels);
+      check_vector(layer.shift, "shift", input, c.output_channels);
+      ConvForward p = bare_forward(c, layer.weight, layer.bias, layer.packed_weight, exact_);
+      p.scale = data_of(layer.scale);
+      p.shift = data_of(layer.shift);
+      p.activation = activation_from(o.activation);
+      if (layer.residual >= 0) {
+        const Ints& added = chain->sizes[static_cast<size_t>(layer.residual)];
+        FMK_CHECK(added == c.conv_size, "residual of layer ", i, ": expected shape ",
+                  to_string(c.conv_size), ", got ", to_string(added));
+      }
+      chain->add_layer(p, layer.input, layer.residual);
+      chain->add_value(c.output_size);
+    }
+    chain->plan(aoti_torch_dtype_element_size(
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(input.scalar_type()))));
+    return chain;
+  }
+};
 
 Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& weights,
                   const std::vector<OptionalTensor>& vectors, const OptionalTensor& residual,
-                  const Ints& numbers, const std::vector<std::string>& names, bool exact) {
-  const size_t count = weights.size();
-  FMK_CHECK(count >= 1 && vectors.size() == count * kChainVectors &&
-                numbers.size() == count * kChainNumbers && names.size() == count * kChainNames,
-            "weights: expected one per layer, and as many settings");
-  Image image = image_of(input);
-  ConvChain chain;
-  chain.add_value(image.size);
-  for (size_t i = 0; i < count; ++i) {
-    const OptionalTensor *bias = &vectors[i * kChainVectors], *scale = bias + 1, *shift = bias + 2;
-    const int64_t* number = &numbers[i * kChainNumbers];
-    const std::string* name = &names[i * kChainNames];
-    const auto given = [](const std::string& text) {
-      return text.empty() ? std::nullopt : std::optional<std::string>(text);
-    };
-    const int64_t from = number[15], added = number[16], known = static_cast<int64_t>(i);
-    FMK_CHECK(from >= 0 && from <= known && added >= -1 && added <= known,
-              "numbers: a layer reads what comes after it");
-    image.size = chain.sizes[static_cast<size_t>(from)];
-    const Conv c = check_conv(image, weights[i], {number, number + 2}, {number + 2, number + 6},
-                              {number + 6, number + 8}, number[8], false, name[0], given(name[2]),
-                              name[2].empty() ? Ints{} : Ints{number + 9, number + 15});
-    check_parameter(*bias, "bias", input, {c.output_channels});
-    check_vector(*scale, "scale", input, c.output_channels);
-    check_vector(*shift, "shift", input, c.output_channels);
-    ConvForward p = bare_forward(c, weights[i], *bias, bias[3], exact);
-    p.scale = data_of(*scale);
-    p.shift = data_of(*shift);
-    p.activation = activation_from(given(name[1]));
-    if (added >= 0)
-      FMK_CHECK(chain.sizes[static_cast<size_t>(added)] == c.conv_size, "residual of layer ", i,
-                ": expected shape ", to_string(c.conv_size), ", got ",
-                to_string(chain.sizes[static_cast<size_t>(added)]));
-    if (i + 1 == count && residual) {
-      FMK_CHECK(added < 0, "residual: the last layer has one already");
-      check_image(*residual, "residual", input.scalar_type(), c.conv_size, image.channels_last);
-      p.residual = data_of(*residual);
-    }
-    chain.add_layer(p, from, added);
-    chain.add_value(c.output_size);
-  }
-  Tensor output = allocate_image(input, chain.sizes.back(), image.channels_last);
-  chain.plan(aoti_torch_dtype_element_size(
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(input.scalar_type()))));
-  Tensor workspace = allocate(input, {chain.workspace_bytes}, ScalarType::Byte);
-  chain.run(data_of(input), mutable_data_of(output), mutable_data_of(workspace), torch_pool());
-  return output;
+                  const std::string& options, bool exact) {
+  return KeptChain(weights, vectors, options, exact).run(input, residual);
 }
+
+// The chains that somebody keeps, by number.
+class KeptChains {
+ public:
+  int64_t add(std::shared_ptr<KeptChain> chain) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    chains_.emplace(++last_, std::move(chain));
+    return last_;
+  }
+  std::shared_ptr<KeptChain> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = chains_.find(number);
+    FMK_CHECK(found != chains_.end(), "chain: ", number, " is not kept");
+    return found->second;
+  }
+  void drop(int64_t number) {
+    std::shared_ptr<KeptChain> dropped;  // its tensors are freed without the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = chains_.find(number); found != chains_.end()) {
+      dropped = std::move(found->second);
+      chains_.erase(found);
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<KeptChain>> chains_;
+  int64_t last_ = 0;
+};
+KeptChains& kept_chains() {
+  static auto* chains = new KeptChains;  // tensors must not outlive torch at the end of the process
+  return *chains;
+}
+
+int64_t conv_chain_keep(const std::vector<Tensor>& weights,
+                        const std::vector<OptionalTensor>& vectors, const std::string& options,
+                        bool exact) {
+  return kept_chains().add(std::make_shared<KeptChain>(weights, vectors, options, exact));
+}
+Tensor conv_chain_run(const Tensor& input, int64_t chain, const OptionalTensor& residual) {
+  return kept_chains().find(chain)->run(input, residual);
+}
+void conv_chain_drop(int64_t chain) { kept_chains().drop(chain); }
 
 std::tuple<Tensor, Tensor, Tensor> conv_statistics(const Tensor& input, const Tensor& weight,
                                                    const OptionalTensor& bias,
@@ -471,9 +589,14 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
   m.impl("conv_inference", TORCH_BOX(&conv_inference));
   m.impl("conv_chain", TORCH_BOX(&conv_chain));
+  m.impl("conv_chain_keep", TORCH_BOX(&conv_chain_keep));
+  m.impl("conv_chain_run", TORCH_BOX(&conv_chain_run));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("conv_pack_weight", TORCH_BOX(&conv_pack_weight));
+}
+STABLE_TORCH_LIBRARY_IMPL(fmkernels, CompositeExplicitAutograd, m) {
+  m.impl("conv_chain_drop", TORCH_BOX(&conv_chain_drop));
 }
 
 }  // namespace fmk::ops

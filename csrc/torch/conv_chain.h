@@ -44,9 +44,11 @@ struct ConvChain {
     place(element_bytes, last_read);
   }
 
-  void run(const void* input, void* output, void* workspace, const Parallel& pool) {
+  // `operands`: the layers, with the caller's pointers where they differ from the plan's.
+  void run(std::vector<ConvForward> operands, const void* input, void* output, void* workspace,
+           const Parallel& pool) const {
     const ConvKernels& kernels = conv_kernels();
-    const int64_t count = static_cast<int64_t>(layers.size());
+    const int64_t count = static_cast<int64_t>(operands.size());
     const auto at = [&](int64_t value) -> void* {
       if (value == count) return output;
       return static_cast<char*>(workspace) + offsets_[value];
@@ -54,14 +56,14 @@ struct ConvChain {
     int64_t i = 0;
     for (int64_t n : parts_) {
       const int64_t last = i + n - 1;
-      layers[i].input = inputs[i] == 0 ? input : at(inputs[i]);
+      operands[i].input = inputs[i] == 0 ? input : at(inputs[i]);
       if (residuals[last] >= 0)
-        layers[last].residual = residuals[last] == 0 ? input : at(residuals[last]);
-      layers[last].output = at(last + 1);
+        operands[last].residual = residuals[last] == 0 ? input : at(residuals[last]);
+      operands[last].output = at(last + 1);
       if (n == 1)
-        kernels.forward(layers[i], pool);
+        kernels.forward(operands[i], pool);
       else
-        kernels.banded_forward(&layers[i], n, pool);
+        kernels.banded_forward(&operands[i], n, pool);
       i += n;
     }
   }

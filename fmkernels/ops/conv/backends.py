@@ -32,6 +32,8 @@ _NATIVE_CONV = native_ops_support(
     "conv_forward",
     "conv_inference",
     "conv_chain",
+    "conv_chain_keep",
+    "conv_chain_run",
     "conv_statistics",
     "conv_backward",
     "conv_pack_weight",
@@ -144,6 +146,8 @@ CONV = {
 
 # Native alone: frozen layers in a row as one op, and one without what only training wants.
 CHAIN = _ops.conv_chain.default
+KEEP_CHAIN, DROP_CHAIN = _ops.conv_chain_keep.default, _ops.conv_chain_drop.default
+KEPT_CHAIN = _ops.conv_chain_run.default
 INFERENCE = _ops.conv_inference.default
 
 # Causal convolutions that read a state in place of their padding.

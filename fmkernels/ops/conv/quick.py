@@ -3,6 +3,7 @@ graph."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,16 @@ from fmkernels._dispatch import current_precision, record_decision
 from fmkernels.ops._autograd import needs_graph
 from fmkernels.ops._quick import CLOSER_LOOK, is_ordinary
 from fmkernels.ops.conv.autograd import op_name, readable_weight
-from fmkernels.ops.conv.backends import CHAIN, CONV, INFERENCE
+from fmkernels.ops.conv.backends import (
+    CHAIN,
+    CONV,
+    DROP_CHAIN,
+    INFERENCE,
+    KEEP_CHAIN,
+    KEPT_CHAIN,
+)
 from fmkernels.ops.conv.geometry import ConvOptions, is_channels_last
-from fmkernels.ops.conv.schema import chain_settings, options_text
+from fmkernels.ops.conv.schema import chain_text, options_text
 
 
 class Layer(NamedTuple):
@@ -69,7 +77,8 @@ class Chain:
     """Layers over two axes as one op, of which each reads two values (conv_chain in schema.py).
 
     Args:
-        layers: all of one backend.
+        layers: all of one backend. Their tensors must not be given other memory, but for the
+            biases.
         reads: the values that each reads.
     """
 
@@ -77,12 +86,9 @@ class Chain:
         self._layers = layers
         self._first = layers[0]
         self._one_backend = all([layer.backend == self._first.backend for layer in layers])
-        self._settings = chain_settings([layer.options for layer in layers], reads)
+        self._options = chain_text([layer.options for layer in layers], reads)
         self._vectors = [v for layer in layers for v in layer[1:5]]
-        # As the kernels want them; a copy would grow old, so then they are made by every call.
-        weights = self._readable(exact=False)
-        kept = all([w is layer.weight for w, layer in zip(weights, layers, strict=True)])
-        self._weights = weights if kept else None
+        self._kept: int | None = None
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """None where the call is not an everyday one; ``residual`` is the last layer's."""
@@ -97,9 +103,10 @@ class Chain:
             ):
                 return None
             exact = current_precision() == "exact"
-            weights = None if exact else self._weights
-            weights = self._readable(exact) if weights is None else weights
-            output = CHAIN(input, weights, self._vectors, residual, *self._settings, exact)
+            if self._kept is None or exact:
+                output = self._run(input, residual, exact)
+            else:
+                output = KEPT_CHAIN(input, self._kept, residual)
         except CLOSER_LOOK:
             return None
         if first.backend != "cpu":
@@ -107,11 +114,18 @@ class Chain:
                 record_decision("conv2d", "cpu")
         return output
 
-    def _readable(self, exact: bool) -> list[Tensor]:
-        return [
+    def _run(self, input: Tensor, residual: Tensor | None, exact: bool) -> Tensor:
+        weights = [
             readable_weight(layer.weight, layer.packed_weight, layer.options, exact)
             for layer in self._layers
         ]
+        output = CHAIN(input, weights, self._vectors, residual, self._options, exact)
+        # As the kernels want them; a copy would grow old, so then they are made by every call.
+        copied = [w is not layer.weight for w, layer in zip(weights, self._layers, strict=True)]
+        if not exact and not any(copied):
+            self._kept = KEEP_CHAIN(weights, self._vectors, self._options, exact)
+            weakref.finalize(self, DROP_CHAIN, self._kept).atexit = False
+        return output
 
 
 def _is_ordinary(

@@ -29,12 +29,15 @@ conv_inference is the output of conv_forward alone, with the options in one stri
 small call much less time to pass: :func:`options_text` makes it of ConvOptions.
 
 conv_chain is several conv_forward over two axes that read one another's outputs, without anything
-that only training wants; it returns the last one's. ``weights`` has an entry per layer; the others
-have several, layer after layer: ``vectors`` bias, scale, shift and packed weight; ``numbers``
-stride, padding, dilation, groups, the pool's window (zeros without pool), and which values are the
-layer's input and residual: 0 ``input``, i the output of the i-th layer, -1 none; ``names``
-padding_mode, activation and pool ("" for None). :func:`chain_settings` makes both. ``residual`` is
-the last layer's, if that has no other.
+that only training wants; it returns the last one's. ``weights`` has an entry per layer, ``vectors``
+four, layer after layer: bias, scale, shift and packed weight. ``options`` has, layer after layer,
+what conv_inference takes, followed by which values are the layer's input and residual: 0 ``input``,
+i the output of the i-th layer, -1 none; :func:`chain_text` makes it. ``residual`` is the last
+layer's, if that has no other.
+
+To pass all that takes longer than a small layer. conv_chain_keep checks and keeps it, until
+conv_chain_drop, under a number for conv_chain_run. Of the tensors, only the biases may be given
+other memory after that.
 
 conv_statistics is conv_forward without an epilogue, together with the mean and the biased variance
 of each channel of the output, as it is stored, over batch and pixels: (O), dtypes as ``scale``.
@@ -82,8 +85,13 @@ _library.define(
 )
 _library.define(
     "conv_chain(Tensor input, Tensor[] weights, Tensor?[] vectors, Tensor? residual, "
-    "int[] numbers, str[] names, bool exact=False) -> Tensor"
+    "str options, bool exact=False) -> Tensor"
 )
+_library.define(
+    "conv_chain_keep(Tensor[] weights, Tensor?[] vectors, str options, bool exact=False) -> int"
+)
+_library.define("conv_chain_run(Tensor input, int chain, Tensor? residual) -> Tensor")
+_library.define("conv_chain_drop(int chain) -> ()")
 _library.define(
     "conv_statistics(Tensor input, Tensor weight, Tensor? bias, Tensor? packed_weight, "
     "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode, "
@@ -150,11 +158,11 @@ def options_text(options: ConvOptions) -> str:
     return ";".join("" if f is None else f if isinstance(f, str) else str(int(f)) for f in fields)
 
 
-def _options_from(text: str) -> ConvOptions:
+def _options_from(fields: Sequence[str]) -> ConvOptions:
     def integers(field: str) -> tuple[int, ...]:
         return tuple(map(int, field.split(","))) if field else ()
 
-    stride, padding, dilation, groups, transposed, mode, activation, pool, window = text.split(";")
+    stride, padding, dilation, groups, transposed, mode, activation, pool, window = fields
     return ConvOptions(
         integers(stride),
         integers(padding),
@@ -180,24 +188,17 @@ def _conv_inference_fake(
     options: str,
     exact: bool = False,
 ) -> Tensor:
-    parsed = _options_from(options)
+    parsed = _options_from(options.split(";"))
     shape = pooled_shape(conv_shape(input, weight, parsed), parsed.window)
     return new_image(input, shape, is_channels_last(input))
 
 
-def chain_settings(
-    layers: Sequence[ConvOptions], reads: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """conv_chain's ``numbers`` and ``names``; ``reads``: input and residual of each layer."""
-    numbers, names = [], []
-    for o, read in zip(layers, reads, strict=True):
-        window = o.window or (0,) * 6
-        numbers += [*o.stride, *o.padding, *o.dilation, o.groups, *window, *read]
-        names += [o.padding_mode, o.activation or "", o.pool or ""]
-    return tuple(numbers), tuple(names)
-
-
-_CHAIN_NUMBERS = 17
+def chain_text(layers: Sequence[ConvOptions], reads: Sequence[tuple[int, int]]) -> str:
+    """conv_chain's ``options``; ``reads``: input and residual of each layer."""
+    return ";".join(
+        f"{options_text(options)};{input};{residual}"
+        for options, (input, residual) in zip(layers, reads, strict=True)
+    )
 
 
 @torch.library.register_fake("fmkernels::conv_chain", lib=_library)
@@ -206,17 +207,17 @@ def _conv_chain_fake(
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor | None],
     residual: Tensor | None,
-    numbers: Sequence[int],
-    names: Sequence[str],
+    options: str,
     exact: bool = False,
 ) -> Tensor:
     shapes = [tuple(input.shape)]
+    fields, count = options.split(";"), len(ConvOptions._fields)
     for i, weight in enumerate(weights):
-        n = numbers[i * _CHAIN_NUMBERS : (i + 1) * _CHAIN_NUMBERS]
-        batch, _, *size = shapes[n[15]]
-        spatial = conv_size(size, weight.shape[2:], n[:2], n[2:6], n[6:8])
-        window = n[9:15] if names[3 * i + 2] else ()
-        shapes.append(pooled_shape((batch, weight.shape[0], *spatial), window))
+        layer = fields[i * (count + 2) : (i + 1) * (count + 2)]
+        o = _options_from(layer[:count])
+        batch, _, *size = shapes[int(layer[count])]
+        spatial = conv_size(size, weight.shape[2:], o.stride, o.padding, o.dilation)
+        shapes.append(pooled_shape((batch, weight.shape[0], *spatial), o.window))
     return new_image(input, shapes[-1], is_channels_last(input))
 
 
