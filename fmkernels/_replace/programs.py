@@ -8,6 +8,8 @@ exchanged, unfrozen, trained or given hooks at any time.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from fmkernels import nn as fnn
 from fmkernels._replace.fused import FusedAway, FusedBatchNorm2d, FusedConv2d, summand
@@ -32,6 +35,9 @@ RECORDED = "_fmkernels_recorded"
 R = TypeVar("R")
 
 _version, _training = operator.attrgetter("_version"), operator.attrgetter("training")
+
+# The number that the next hook to be registered gets.
+_registrations = functools.partial(getattr, RemovableHandle, "next_id", None)
 
 NOTHING = -1  # in place of a value: no residual
 GIVEN = -2  # the residual that the module itself is given
@@ -224,18 +230,24 @@ class _Entries:
 class Watch:
     """Whether all that a recording relies on is as it was: modules, hooks, weights, options.
 
-    A network's recording relies on thousands of entries of its modules' dictionaries, and every
-    call asks for all of them: side by side in lists, so that the interpreter's own functions pass
-    over them.
+    A network's recording relies on hundreds of entries of its modules' dictionaries, and every call
+    asks for all of them: side by side in lists, so that the interpreter's own functions pass over
+    them. They lie all over memory, and each that is left out counts.
     """
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._known: set[int] = set()
         self._kinds: list[type] = []
         self._training: list[bool] = []
         self._members: list[tuple[dict, list[str]]] = []
         self._scripted: list[tuple[nn.Module, list]] = []
         self._hooks: list[dict] = []
+        self._hook_tables = _Entries()
+        self._registrations = _registrations()
+        self._tables: list[dict] = []
+        self._sizes: list[int] = []
+        self._contents: list[Any] = []  # of the tables, one after the other: the very objects
         self._same = _Entries()  # the very objects
         self._equal = _Entries()
         self._tensors: list[Tensor] = []
@@ -247,10 +259,12 @@ class Watch:
         """Whether nothing has changed."""
         return (
             self._usable
-            and not any(self._hooks)
+            and self._has_no_hooks()
             and all(map(operator.is_, map(type, self._modules), self._kinds))
             and list(map(_training, self._modules)) == self._training
             and all(map(operator.is_, self._same.now(), self._same.values))
+            and list(map(len, self._tables)) == self._sizes
+            and all(map(operator.is_, self._contents_now(), self._contents))
             and all([list(table) == names for table, names in self._members])
             and all([list(m._modules.items()) == members for m, members in self._scripted])
             and list(self._equal.now()) == self._equal.values
@@ -258,22 +272,45 @@ class Watch:
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
         )
 
+    def _has_no_hooks(self) -> bool:
+        # Looked up anew only when a hook has been registered, whichever module's.
+        registrations = _registrations()
+        if registrations != self._registrations or registrations is None:
+            if any(self._hooks) or not all(
+                map(operator.is_, self._hook_tables.now(), self._hook_tables.values)
+            ):
+                return False
+            self._registrations = registrations
+        return True
+
+    def _contents_now(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._tables))
+
+    def _add_table(self, table: dict) -> None:
+        self._tables.append(table)
+        self._sizes.append(len(table))
+        self._contents += table.values()
+
     def add(self, module: nn.Module) -> None:
         """A module that was looked into."""
+        if id(module) in self._known:
+            return
+        self._known.add(id(module))
         self._modules.append(module)
         self._kinds.append(type(module))
         self._training.append(module.training)
         table, members = vars(module), module._modules
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_modules"):
-            self._same.add(table, name, table.get(name))
-        self._same.add(table, "forward", None)
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            self._hook_tables.add(table, name, table.get(name))
         self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._usable &= not any(self._hooks[-2:])
+        self._same.add(table, "forward", None)
         if not isinstance(members, dict):
             self._scripted.append((module, list(members.items())))
         elif members:
+            self._same.add(table, "_modules", members)
             self._members.append((members, list(members)))
-            for name, member in members.items():
-                self._same.add(members, name, member)
+            self._add_table(members)
 
     def add_reads(self, module: nn.Module, reads: Sequence[tuple[tuple[str, str], Any]]) -> None:
         """Attributes that a forward read."""
@@ -298,10 +335,9 @@ class Watch:
         tables += [] if norm is None else [norm._parameters, norm._buffers]
         self._usable &= not layer._checks_each_call and "weight" in conv._parameters
         for table in tables:
-            for name, tensor in table.items():
-                self._same.add(table, name, tensor)
-                # Inference tensors have no version.
-                self._usable &= tensor is None or not tensor.is_inference()
+            self._add_table(table)
+            # Inference tensors have no version.
+            self._usable &= not any([t is not None and t.is_inference() for t in table.values()])
         if self._usable:
             # The others are read by the call, whatever they hold by then.
             sources = layer._packing_sources()
