@@ -21,24 +21,17 @@ namespace {
 
 constexpr int64_t kPanelsBytes = 384 << 10;  // panels that are used strip by strip: from L2
 
-// a / b, not negative: almost always within 32 bits, where the division is three times as fast.
-FMK_INLINE int64_t quotient(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0)
-    return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
-  return a / b;
-}
-
 template <class T, class D, bool kDepthwise>
 struct Correlator : CorrelationPlan<T, D, kDepthwise> {
   using V = Vec<T>;
   using A = Acc<T>;
   using Plan = CorrelationPlan<T, D, kDepthwise>;
-  using Plan::output_epilogue, Plan::panel_epilogue, Plan::finish_rows;
+  using Plan::output_epilogue, Plan::panel_epilogue, Plan::tile_epilogue, Plan::finish_rows;
   using Plan::p, Plan::placed, Plan::groups, Plan::channels, Plan::out_channels, Plan::in_place,
-      Plan::dense, Plan::direct, Plan::fetches_output, Plan::finished, Plan::by_rows, Plan::streams,
-      Plan::stage, Plan::pixel_words, Plan::group_words, Plan::elements, Plan::element_taps,
-      Plan::words, Plan::strip_tiles, Plan::split, Plan::image_rows, Plan::blocks,
-      Plan::panel_parts, Plan::shards;
+      Plan::dense, Plan::direct, Plan::scattered, Plan::fetches_output, Plan::finished,
+      Plan::by_rows, Plan::streams, Plan::stage, Plan::pixel_words, Plan::group_words,
+      Plan::elements, Plan::element_taps, Plan::words, Plan::strip_tiles, Plan::split,
+      Plan::image_rows, Plan::blocks, Plan::panel_parts, Plan::shards;
   using Plan::Plan;
 
   int64_t units() const { return blocks * panel_parts; }
@@ -254,7 +247,8 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
     int vecs = 1;
     for (int64_t panel = panel0; panel < panel1; ++panel)
       vecs = max_of(vecs, split.width_vecs(panel));
-    const auto tiles = RowTiles::of(block.rows * p.x.out_size, vecs);
+    const BlockTiles tiles = scattered ? BlockTiles(block.rows, p.x.out_size, vecs)
+                                       : BlockTiles(1, block.rows * p.x.out_size, vecs);
     const int64_t count = range.e1 - range.e0, tile_pointers = count * kMaxTileRows;
     const D **pointers = block.pointers, **soon = pointers + strip_tiles * tile_pointers + 8;
     const auto find_strip = [&](int64_t tile0, const D** to) {
@@ -299,7 +293,7 @@ struct Correlator : CorrelationPlan<T, D, kDepthwise> {
                             panel1 - panel0);
           if (!range.first) in.init = partial + pixel * ld;
           if (finished && range.last) {
-            finish_tile(n, panel_vecs, in, epilogue.at_row(pixel));
+            finish_tile(n, panel_vecs, in, tile_epilogue(epilogue, first_pixel, pixel));
           } else {
             const StoreAccumulators<V> keep{partial + pixel * ld, ld};
             run_tile<Mac<T>, false>(n, panel_vecs, in, keep);

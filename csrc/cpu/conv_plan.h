@@ -16,8 +16,31 @@ constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap a
 constexpr int64_t kStreamedNumbers = 8 << 20;    // an output that L3 does not hold
 constexpr int64_t kCachedNumbers = 96 << 10;     // an output that L2 may hold
 constexpr int64_t kFewestRowPixels = 6;          // of an output row, to be computed by rows
+constexpr int64_t kFewestScatteredPixels = 4;    // for tiles that keep within a row
 constexpr int64_t kStripTiles = 8;               // tiles that the panels take turns with,
 constexpr int64_t kStripPointers = 3072;         // fewer if they have very many pointers
+
+// a / b, not negative: almost always within 32 bits, where the division is three times as fast.
+FMK_INLINE int64_t quotient(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0)
+    return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+  return a / b;
+}
+
+// The tiles of a block's pixels: of all together, or of each row.
+struct BlockTiles {
+  int64_t row_pixels;
+  RowTiles row;
+  int64_t tiles;
+  BlockTiles(int64_t rows, int64_t pixels, int vecs)
+      : row_pixels(pixels), row(RowTiles::of(pixels, vecs)), tiles(rows * row.tiles) {}
+
+  int64_t begin(int64_t tile) const {
+    const int64_t above = quotient(tile, row.tiles);
+    return above * row_pixels + row.begin(tile - above * row.tiles);
+  }
+  int rows(int64_t tile) const { return row.rows(tile - quotient(tile, row.tiles) * row.tiles); }
+};
 
 // D: what A consists of, words of the micro-kernel, or numbers of the compute type (depthwise).
 template <class T, class D, bool kDepthwise>
@@ -28,10 +51,11 @@ struct CorrelationPlan {
   Correlation<T> placed;  // the same, to those who finish rows in which residues lie side by side
   // As computed: depthwise is one group of all channels.
   int64_t groups, channels, out_channels;
-  bool in_place;  // the input is read where it lies
-  bool dense;     // a row's pixels, and one row's and the next's, are read side by side, one each
-  bool direct;    // tiles store to the output
-  bool finished;  // what tiles store has been through the whole epilogue
+  bool in_place;   // the input is read where it lies
+  bool dense;      // a row's pixels, and one row's and the next's, are read side by side, one each
+  bool direct;     // tiles store to the output
+  bool scattered;  // whose pixels lie apart: a tile keeps within a row
+  bool finished;   // what tiles store has been through the whole epilogue
   bool fetches_output;  // which is asked for some tiles ahead
   bool by_rows;         // tiles are pixels of one staged row, and panels stay in L1
   bool streams;         // such tiles store past the caches
@@ -83,13 +107,16 @@ struct CorrelationPlan {
     dense = in_place && elements == 1 && p.z.in_size == 1 && p.z.out_size == 1 && p.z.offset == 0 &&
             p.y.stride == 1 && p.y.offset >= 0 && p.y.offset + p.y.out_size <= p.y.in_size &&
             p.x.stride == 1 && p.x.offset == 0 && p.x.in_size == p.x.out_size;
-    direct = p.channels_last && p.pool.kernel_h == 0 && p.in_order();
+    by_rows = kFusedEpilogue<T> && joined && groups == 1 && split.width_vecs(0) <= kNarrowVecs &&
+              p.residues.count == 1 && p.x.out_size >= kFewestRowPixels;
+    scattered = p.channels_last && !p.in_order() && !kDepthwise && !by_rows &&
+                !p.moments.wanted() && p.residues.count == 1 &&
+                p.x.out_size >= kFewestScatteredPixels;
+    direct = p.channels_last && p.pool.kernel_h == 0 && (p.in_order() || scattered);
     fetches_output =
         direct && p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kCachedNumbers;
     finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
                           !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
-    by_rows = kFusedEpilogue<T> && joined && groups == 1 && split.width_vecs(0) <= kNarrowVecs &&
-              p.residues.count == 1 && p.x.out_size >= kFewestRowPixels;
     streams = by_rows && direct && p.activation <= Activation::kRelu6 && !p.residual &&
               !p.preactivation && !p.moments.wanted() &&
               p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kStreamedNumbers &&
@@ -117,12 +144,30 @@ struct CorrelationPlan {
     epilogue = output_epilogue().at_panel(group * out_channels + column,
                                           min_of(width, out_channels - column));
     if (direct) {
-      epilogue = epilogue.at_row(first_pixel);
+      if (!scattered) epilogue = epilogue.at_row(first_pixel);
     } else if constexpr (std::is_same_v<T, A>) {
       epilogue.out = rows;
       epilogue.ld_out = ld;
       epilogue.columns = static_cast<int>(width);
     }
+    return epilogue;
+  }
+
+  // Of the tile that starts at pixel `pixel` of a block.
+  Epilogue<T> tile_epilogue(const Epilogue<T>& of_panel, int64_t first_pixel, int64_t pixel) const {
+    if (!scattered) return of_panel.at_row(pixel);
+    const int64_t row = quotient(first_pixel + pixel, p.x.out_size);
+    const int64_t x = first_pixel + pixel - row * p.x.out_size, plane = quotient(row, p.y.out_size);
+    const int64_t image = quotient(plane, p.z.out_size);
+    const auto placed = [](const Placement& place, int64_t index) {
+      return place.first + index * place.step;
+    };
+    const int64_t z = placed(p.place_z, plane - image * p.z.out_size);
+    const int64_t y = placed(p.place_y, row - plane * p.y.out_size);
+    const int64_t line = (image * p.place_z.size + z) * p.place_y.size + y;
+    Epilogue<T> epilogue = of_panel.at_row(line * p.place_x.size + placed(p.place_x, x));
+    epilogue.ld_out *= p.place_x.step;
+    epilogue.ld_residual *= p.place_x.step;
     return epilogue;
   }
 
