@@ -124,7 +124,7 @@ void grad_of_input(const ConvBackward& p, const T* grad, const Parallel& pool) {
   c.output = static_cast<T*>(p.grad_input);
   if constexpr (sizeof(T) <= 4) {
     // The same convolution seen from the other side.
-    if (!p.exact && winograd_pays(turned(s))) {
+    if (!p.exact && winograd_pays_once(turned(s))) {
       turn(s, &view);
       turn(s, &c);
       void* packed = scratch_bytes(Scratch::kCall, packed_winograd_bytes(view));
@@ -164,7 +164,7 @@ void grad_of_transposed_input(const ConvBackward& p, const T* grad, const Parall
   c.input = grad;
   c.output = static_cast<T*>(p.grad_input);
   if constexpr (sizeof(T) <= 4) {
-    if (!p.exact && winograd_pays(s)) {
+    if (!p.exact && winograd_pays_once(s)) {
       void* packed = scratch_bytes(Scratch::kCall, packed_winograd_bytes(view));
       pack_winograd_weight(view, packed, pool);
       c.weight = packed;

@@ -12,8 +12,10 @@ namespace fmk::FMK_ISA {
 namespace {
 
 ConvAlgorithm choose_algorithm(const ConvShape& s, bool exact) {
-  return !exact && winograd_pays(s.transposed ? turned(s) : s) ? ConvAlgorithm::kWinograd4
-                                                               : ConvAlgorithm::kDirect;
+  const ConvShape& as_winograd = s.transposed ? turned(s) : s;
+  const bool for_many = s.batch == 0;  // the weight is being packed
+  const bool pays = for_many ? winograd_pays(as_winograd) : winograd_pays_once(as_winograd);
+  return !exact && pays ? ConvAlgorithm::kWinograd4 : ConvAlgorithm::kDirect;
 }
 
 // Whether there may be rows of the convolution that no window covers: they are not computed.

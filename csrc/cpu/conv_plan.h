@@ -9,8 +9,8 @@
 
 namespace fmk::FMK_ISA {
 
-constexpr int64_t kDepthwiseBlockPixels = 112;   // little reuse: what counts is staying in L1
-constexpr int64_t kBlockPixels = 448;            // enough to use each weight in L2 often
+constexpr int64_t kDepthwiseBlockPixels = 112;  // little reuse: what counts is staying in L1
+constexpr int64_t kBlockPixels = 224;  // to use each weight in L2 often, and many to share out
 constexpr int64_t kBlockInputBytes = 320 << 10;  // what a block reads should stay in L2
 constexpr int64_t kMinJoinedWords = 16;          // shorter reductions per tap are worth staging
 constexpr int64_t kStreamedNumbers = 8 << 20;    // an output that L3 does not hold

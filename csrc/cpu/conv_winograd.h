@@ -27,12 +27,20 @@ FMK_INLINE bool winograd_pays(const ConvShape& s) {
          (s.kernel_d == 1 || s.kernel_d * s.channels <= kMaxReduction) &&
          (pixels == 0 || pixels >= 128);
 }
+// The type whose direct sums are dot products of pairs, of twice as many products in the same time.
+constexpr bool sums_pairs(DType dtype) { return FMK_BF16_DOT && dtype == DType::kBF16; }
+// The same where the weight is transformed for this call alone: the pixels are known.
+FMK_INLINE bool winograd_pays_once(const ConvShape& s) {
+  constexpr int64_t kMinTilesForPairs = 64;
+  return winograd_pays(s) && !(sums_pairs(s.dtype) && winograd_tiles(s) < kMinTilesForPairs);
+}
 // The same for the gradient of the weight, whose result costs as many products as a few dozen
 // tiles.
 FMK_INLINE bool winograd_gradient_pays(const ConvShape& s) {
-  constexpr int64_t kMinTiles = 48, kMaxBufferFloats = 24 << 20;  // of each thread's buffer
-  const int64_t tiles = winograd_tiles(s);
-  return winograd_pays(s) && tiles >= kMinTiles &&
+  constexpr int64_t kMinTiles = 48, kMinTilesForPairs = 192;
+  constexpr int64_t kMaxBufferFloats = 24 << 20;  // of each thread's buffer
+  return winograd_pays(s) &&
+         winograd_tiles(s) >= (sums_pairs(s.dtype) ? kMinTilesForPairs : kMinTiles) &&
          36 * s.kernel_d * s.channels * s.out_channels <= kMaxBufferFloats;
 }
 // Packed: [panel][point][tap_z][channels][width] floats.
