@@ -191,13 +191,13 @@ void run_banded(const ConvForward* layers, int64_t count, const Parallel& pool) 
   auto* room = static_cast<Acc<T>*>(scratch_bytes(Scratch::kCall2, numbers * sizeof(Acc<T>)));
   Correlation<T> correlations[kMaxBanded];
   for (int64_t i = 0; i < count; ++i) {
-    correlations[i] = correlation_of<T>(layers[i], weight_read_by(layers[i]).packed, room);
+    Correlation<T>& c = correlations[i];
+    c = correlation_of<T>(layers[i], weight_read_by(layers[i]).packed, room);
     room += affine_numbers<T>(layers[i]);
     // Between the layers lie pixels.
-    if (!layers[i].shape.channels_last) {
-      correlations[i].turns = i == 0 || i + 1 == count;
-      correlations[i].channels_last = i + 1 < count;
-    }
+    const bool reads_pixels = i > 0 || c.channels_last != c.turns;
+    c.channels_last |= i + 1 < count;
+    c.turns = reads_pixels != c.channels_last;
   }
   const int64_t threads = work < kSerialFlops ? 1 : pool.threads;
   Banded<T>(correlations, count, threads).run(pool, threads);

@@ -161,7 +161,7 @@ template <class T>
 void forward_typed(const ConvForward& p, const Parallel& pool) {
   const ConvShape& s = p.shape;
   if constexpr (kFusedEpilogue<T>) {
-    if (s.axes < 3 && !s.transposed && is_pointwise<T>(s, p.pool))
+    if (s.axes < 3 && !s.transposed && !p.turns && is_pointwise<T>(s, p.pool))
       return forward_pointwise<T>(p, pool);
   }
   const ReadWeight weight = weight_read_by(p);
@@ -205,6 +205,7 @@ Correlation<T> correlation_of(const ConvForward& p, const void* weight, Acc<T>* 
   const ConvShape& s = p.shape;
   Correlation<T> c{};
   c.channels_last = s.channels_last;
+  c.turns = p.turns;
   c.padding = s.padding_mode;
   c.batch = s.batch;
   c.groups = s.groups;

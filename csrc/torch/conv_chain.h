@@ -25,8 +25,10 @@ struct ConvChain {
     residuals.push_back(residual);
   }
 
-  // Sets parts_, offsets_ and workspace_bytes.
+  // Sets parts_, offsets_ and workspace_bytes. What lies between the layers is channels_last where
+  // they can have it so.
   void plan(int64_t element_bytes) {
+    hold_pixels();
     const int64_t count = static_cast<int64_t>(layers.size());
     std::vector<int64_t> reads(layers.size() + 1), last_read(layers.size() + 1);
     for (int64_t i = 0; i < count; ++i)
@@ -71,6 +73,21 @@ struct ConvChain {
  private:
   std::vector<int64_t> parts_;    // layers that are computed together, in order
   std::vector<int64_t> offsets_;  // of the values that lie in the workspace
+
+  void hold_pixels() {
+    const size_t count = layers.size();
+    const bool given = layers[0].shape.channels_last;
+    const auto pixels = [&](size_t value) { return given || (value > 0 && value < count); };
+    for (size_t i = 0; i < count; ++i) {
+      const bool turns = pixels(static_cast<size_t>(inputs[i])) != pixels(i + 1);
+      if (turns && layers[i].algorithm != ConvAlgorithm::kDirect) return;
+      if (residuals[i] >= 0 && pixels(static_cast<size_t>(residuals[i])) != pixels(i + 1)) return;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      layers[i].shape.channels_last = pixels(i + 1);
+      layers[i].turns = pixels(static_cast<size_t>(inputs[i])) != pixels(i + 1);
+    }
+  }
 
   // A value lies in the first gap between those that are still to be read.
   void place(int64_t element_bytes, const std::vector<int64_t>& last_read) {
