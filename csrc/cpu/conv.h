@@ -82,8 +82,8 @@ struct ConvForward {
   ConvShape shape;
   PoolShape pool;           // dilation 1
   ConvAlgorithm algorithm;  // from choose_algorithm, or what packed_weight was packed for
-  bool turns;  // the input's layout is the other one, shape.channels_last says the output's: with
-               // kDirect, and not transposed
+  bool turns;  // the input's layout is the other one, shape.channels_last says the output's; not
+               // transposed
   const void* input;
   const void* weight;
   const void* packed_weight;  // from pack_weight for `algorithm`, or null: packed by this call

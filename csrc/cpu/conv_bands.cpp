@@ -195,7 +195,7 @@ void run_banded(const ConvForward* layers, int64_t count, const Parallel& pool) 
     c = correlation_of<T>(layers[i], weight_read_by(layers[i]).packed, room);
     room += affine_numbers<T>(layers[i]);
     // Between the layers lie pixels.
-    const bool reads_pixels = i > 0 || c.channels_last != c.turns;
+    const bool reads_pixels = i > 0 || c.reads_pixels();
     c.channels_last |= i + 1 < count;
     c.turns = reads_pixels != c.channels_last;
   }

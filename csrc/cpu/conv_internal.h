@@ -79,6 +79,7 @@ struct Correlation {
   // each with a weight of its own: see ResidueTurns. Staged, without pool and moments.
   ResidueTurns residues = {};
 
+  bool reads_pixels() const { return channels_last != turns; }  // with their channels side by side
   // Depth and height as one axis of rows.
   int64_t out_rows() const { return z.out_size * y.out_size; }
   int64_t row_taps() const { return z.taps * y.taps; }

@@ -84,11 +84,10 @@ struct CorrelationPlan {
     // Pointers into the padding of a row can say zeros only.
     const bool repeats = p.padding != PaddingMode::kZeros &&
                          (p.x.offset < 0 || p.x.offset + p.x.span() > p.x.in_size);
-    const bool pixels = p.channels_last != p.turns;  // of the input, side by side
-    const bool shifts = p.residues.first > 0;        // taps of some residues
-    in_place = !shifts && pixels && readable && vectors && !repeats &&
+    const bool shifts = p.residues.first > 0;  // taps of some residues
+    in_place = !shifts && p.reads_pixels() && readable && vectors && !repeats &&
                !(joinable && channel_words < kMinJoinedWords);
-    stage = {pixels,
+    stage = {p.reads_pixels(),
              groups,
              channels,
              p.z.in_size * p.y.in_size,

@@ -238,7 +238,7 @@ class BlockRunner {
     const int64_t ld_input = reduction(p_) * kPointCount + 16;
     auto* inputs =
         static_cast<float*>(scratch_bytes(Scratch::kRows, tiles * ld_input * sizeof(float)));
-    if (p_.channels_last)
+    if (p_.reads_pixels())
       transform_inputs<T>(inputs, ld_input);
     else
       transform_inputs<float>(inputs, ld_input);
@@ -329,7 +329,7 @@ class BlockRunner {
     const int64_t channels = p_.channels, columns = plan_.tile_columns;
     // A staged row starts where the first tile's window does and ends with the last tile's.
     const int64_t staged_pixels = columns * kTile + kWindow - kTile;
-    const int64_t staged_words = p_.channels_last ? 0 : staged_pixels * channels;
+    const int64_t staged_words = p_.reads_pixels() ? 0 : staged_pixels * channels;
     auto* zero_row = static_cast<S*>(
         scratch_bytes(Scratch::kExtra, (channels + kWindow * staged_words) * sizeof(S)));
     std::memset(static_cast<void*>(zero_row), 0, channels * sizeof(S));
@@ -354,7 +354,7 @@ class BlockRunner {
       const int64_t z = p_.z.position(row.plane % p_.z.out_size, tap);
       const bool plane_inside = z >= 0 && z < p_.z.in_size;
       const int64_t top = row.y + p_.y.offset;
-      if (!p_.channels_last && plane_inside) {
+      if (!p_.reads_pixels() && plane_inside) {
         if constexpr (std::is_same_v<S, float>) {
           const RowStage<T, float> stage{
               false,        1,           channels,     p_.z.in_size * p_.y.in_size,
@@ -372,7 +372,7 @@ class BlockRunner {
         for (int i = 0; i < kWindow; ++i) {
           const int64_t y = top + i, x0 = tile * kTile + p_.x.offset;
           const bool row_inside = plane_inside && y >= 0 && y < p_.y.in_size;
-          const S* from = p_.channels_last
+          const S* from = p_.reads_pixels()
                               ? reinterpret_cast<const S*>(image) +
                                     ((z * p_.y.in_size + y) * p_.x.in_size + x0) * channels
                               : staged + wrapped(y) * staged_words + tile * kTile * channels;

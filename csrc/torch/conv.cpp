@@ -370,11 +370,14 @@ class KeptChain {
                   {s.batch, s.out_channels, s.out_height, s.out_width}, image.channels_last);
       layers.back().residual = data_of(*residual);
     }
-    Tensor output = allocate_image(input, chain->sizes.back(), image.channels_last);
+    const bool channels_last = image.channels_last || chain->turns_output;
+    Tensor output = allocate_image(input, chain->sizes.back(), channels_last);
     Tensor workspace = allocate(input, {chain->workspace_bytes}, ScalarType::Byte);
     chain->run(std::move(layers), data_of(input), mutable_data_of(output),
                mutable_data_of(workspace), torch_pool());
-    return output;
+    if (!chain->turns_output) return output;
+    Tensor turned = allocate_image(input, chain->sizes.back(), false);
+    return torch::stable::copy_(turned, output);
   }
 
  private:

@@ -17,6 +17,7 @@ struct ConvChain {
   std::vector<ConvForward> layers;
   std::vector<int64_t> inputs, residuals;  // values that layers read; -1: none, or not a value
   int64_t workspace_bytes = 0;
+  bool turns_output = false;  // it is channels_last, unlike the input
 
   void add_value(const std::vector<int64_t>& size) { sizes.push_back(size); }
   void add_layer(const ConvForward& layer, int64_t input, int64_t residual) {
@@ -25,8 +26,7 @@ struct ConvChain {
     residuals.push_back(residual);
   }
 
-  // Sets parts_, offsets_ and workspace_bytes. What lies between the layers is channels_last where
-  // they can have it so.
+  // Sets parts_, offsets_, workspace_bytes and turns_output.
   void plan(int64_t element_bytes) {
     hold_pixels();
     const int64_t count = static_cast<int64_t>(layers.size());
@@ -74,19 +74,22 @@ struct ConvChain {
   std::vector<int64_t> parts_;    // layers that are computed together, in order
   std::vector<int64_t> offsets_;  // of the values that lie in the workspace
 
+  // What lies between the layers is channels_last, if all that are added up can be: so is the
+  // output, where one of these values is added to it.
   void hold_pixels() {
     const size_t count = layers.size();
-    const bool given = layers[0].shape.channels_last;
-    const auto pixels = [&](size_t value) { return given || (value > 0 && value < count); };
-    for (size_t i = 0; i < count; ++i) {
-      const bool turns = pixels(static_cast<size_t>(inputs[i])) != pixels(i + 1);
-      if (turns && layers[i].algorithm != ConvAlgorithm::kDirect) return;
-      if (residuals[i] >= 0 && pixels(static_cast<size_t>(residuals[i])) != pixels(i + 1)) return;
-    }
+    if (layers[0].shape.channels_last) return;
+    const int64_t last_residual = residuals[count - 1];
+    const auto pixels = [&](size_t value) {
+      return value > 0 && (value < count || last_residual > 0);
+    };
+    for (size_t i = 0; i < count; ++i)
+      if (residuals[i] == 0 && pixels(i + 1)) return;
     for (size_t i = 0; i < count; ++i) {
       layers[i].shape.channels_last = pixels(i + 1);
       layers[i].turns = pixels(static_cast<size_t>(inputs[i])) != pixels(i + 1);
     }
+    turns_output = pixels(count);
   }
 
   // A value lies in the first gap between those that are still to be read.
