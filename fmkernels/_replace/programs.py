@@ -230,9 +230,9 @@ class _Entries:
 class Watch:
     """Whether all that a recording relies on is as it was: modules, hooks, weights, options.
 
-    A network's recording relies on hundreds of entries of its modules' dictionaries, and every call
-    asks for all of them: side by side in lists, so that the interpreter's own functions pass over
-    them. They lie all over memory, and each that is left out counts.
+    A network's recording relies on hundreds of entries of its modules' dictionaries, and every
+    call asks for all of them: side by side in lists, so that the interpreter's own functions pass
+    over them. They lie all over memory, and each that is left out counts.
     """
 
     def __init__(self) -> None:

@@ -29,11 +29,11 @@ conv_inference is the output of conv_forward alone, with the options in one stri
 small call much less time to pass: :func:`options_text` makes it of ConvOptions.
 
 conv_chain is several conv_forward over two axes that read one another's outputs, without anything
-that only training wants; it returns the last one's. ``weights`` has an entry per layer, ``vectors``
-four, layer after layer: bias, scale, shift and packed weight. ``options`` has, layer after layer,
-what conv_inference takes, followed by which values are the layer's input and residual: 0 ``input``,
-i the output of the i-th layer, -1 none; :func:`chain_text` makes it. ``residual`` is the last
-layer's, if that has no other.
+that only training wants; it returns the last one's. ``weights`` has an entry per layer,
+``vectors`` four, layer after layer: bias, scale, shift and packed weight. ``options`` has, layer
+after layer, what conv_inference takes, followed by which values are the layer's input and
+residual: 0 ``input``, i the output of the i-th layer, -1 none; :func:`chain_text` makes it.
+``residual`` is the last layer's, if that has no other.
 
 To pass all that takes longer than a small layer. conv_chain_keep checks and keeps it, until
 conv_chain_drop, under a number for conv_chain_run. Of the tensors, only the biases may be given
