@@ -170,3 +170,16 @@ def test_large_output(layout):
     weight, bias = testing.integers(64, 3, 3, 3), testing.integers(64, 1).flatten()
     output = FF.conv2d(input, weight, bias, activation="relu6", backend="cpu")
     assert torch.equal(output, F.relu6(F.conv2d(input, weight, bias)))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 7, 9, 11, 13, 15, 17])
+def test_odd_numbers_of_channels_in_bfloat16(channels):
+    """A pixel's last channel is alone in its pair: the next pixel's is none of its business."""
+    weight = testing.integers(20, channels, 3, 3, dtype=torch.bfloat16)
+    for width in (3, 16, 29):
+        shape = (2, channels, 6, width)
+        input = testing.integers(*shape, dtype=torch.bfloat16, layout="channels_last")
+        input[0, 0, 2, width - 1] = float("nan")
+        output = FF.conv2d(input, weight, padding=1, backend="cpu")
+        expected = F.conv2d(input.double(), weight.double(), padding=1).bfloat16()
+        torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)

@@ -26,6 +26,30 @@ FMK_INLINE __m512 plane_pairs(const bf16* p, int64_t plane, bool both, int lanes
 }
 #endif
 
+#if FMK_BF16_DOT
+constexpr int64_t kMaxPaddedChannels = 15;
+// dst[pixel][words] from src[pixel][channels], an odd number up to kMaxPaddedChannels: the last
+// word of a pixel gets a zero.
+FMK_NOINLINE void pad_pixels(const bf16* src, int64_t pixels, int64_t channels, Bf16Pair* dst) {
+  const int64_t padded = channels + 1, per_vector = 32 / padded;
+  uint16_t order[32] = {};
+  uint32_t kept = 0;
+  for (int64_t pixel = 0; pixel < per_vector; ++pixel)
+    for (int64_t c = 0; c < channels; ++c) {
+      order[pixel * padded + c] = static_cast<uint16_t>(pixel * channels + c);
+      kept |= uint32_t{1} << (pixel * padded + c);
+    }
+  const __m512i from = _mm512_loadu_si512(order);
+  const auto first = [](int64_t n) { return static_cast<__mmask32>((uint64_t{1} << n) - 1); };
+  for (int64_t pixel = 0; pixel < pixels; pixel += per_vector) {
+    const int64_t n = min_of(per_vector, pixels - pixel);
+    const __m512i x = _mm512_maskz_loadu_epi16(first(n * channels), src + pixel * channels);
+    _mm512_mask_storeu_epi16(dst + pixel * padded / 2, first(n * padded),
+                             _mm512_maskz_permutexvar_epi16(kept, from, x));
+  }
+}
+#endif
+
 // dst[pixel * ld + word] from planes src[channel * plane + pixel]: `pixels` pixels, `channels`
 // channels.
 template <class T, class D>
@@ -161,9 +185,17 @@ struct RowStage {
       const T* src = image + (y * width + offset + begin) * total + group * channels;
       if (channels == total && channels % kPairOf<D> == 0) {
         copy(src, dst + begin * n, (end - begin) * channels);
-      } else {
-        for (int64_t p = begin; p < end; ++p, src += total) copy(src, dst + p * n, channels);
+        continue;
       }
+#if FMK_BF16_DOT
+      if constexpr (kPairOf<D> == 2) {
+        if (channels == total && channels <= kMaxPaddedChannels) {
+          pad_pixels(src, end - begin, channels, dst + begin * n);
+          continue;
+        }
+      }
+#endif
+      for (int64_t p = begin; p < end; ++p, src += total) copy(src, dst + p * n, channels);
     }
   }
 
