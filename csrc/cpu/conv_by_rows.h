@@ -22,7 +22,7 @@ struct RowMultiplier {
       }
       const int64_t column = plan.split.column(panel), width = plan.split.width_vecs(panel) * V::W;
       multiply(block, panel, 0, block.rows,
-               plan.panel_epilogue(0, column, width, first_pixel, nullptr, 0), nullptr);
+               plan.panel_epilogue(0, column, width, first_pixel, nullptr, 0));
       if (p.moments.wanted())
         p.moments.add(block.shard, 0, first_pixel, first_pixel + block.rows * p.x.out_size, column,
                       min_of(column + width, plan.out_channels));
@@ -40,9 +40,9 @@ struct RowMultiplier {
     constexpr int64_t kPoolRows = 2;
     const int64_t room = pooled ? (kPoolRows - 1) * p.pool.stride_h + p.pool.kernel_h : block.rows;
     auto* rows = static_cast<A*>(scratch_bytes(Scratch::kTile, room * out * width * sizeof(A)));
-    const Epilogue<T> epilogue = plan.panel_epilogue(0, column, width, 0, rows, width);
+    const Epilogue<A> epilogue = plan.rows_epilogue(column, width, rows);
     if (!pooled) {
-      multiply(block, panel, 0, block.rows, epilogue, rows);
+      multiply(block, panel, 0, block.rows, epilogue);
       return plan.finish_rows(block, 0, column, width, rows);
     }
     const Finisher<T> finisher{p, column, min_of(width, plan.out_channels - column), width, true};
@@ -59,8 +59,7 @@ struct RowMultiplier {
                        overlap * out * width * sizeof(A));
         const int64_t first = max_of(done, part.begin), shift = piece.first_row - piece.begin;
         if (part.end > first)
-          multiply(block, panel, first + shift, part.end + shift, epilogue.at_row(overlap * out),
-                   rows);
+          multiply(block, panel, first + shift, part.end + shift, epilogue.at_row(overlap * out));
         finisher.run(part, rows);
         done = max_of(done, part.end);
         kept = max_of<int64_t>(0, part.end - part.begin);
@@ -68,12 +67,12 @@ struct RowMultiplier {
     }
   }
 
-  // Rows [row0, row1) of the block, through the epilogue of the first of them, or, unless that is
-  // the whole of it, to rows[row1 - row0][out][width].
+  // Rows [row0, row1) of the block, through the epilogue of the first of them.
+  template <class E>
   void multiply(const Block<D>& block, int64_t panel, int64_t row0, int64_t row1,
-                const Epilogue<T>& epilogue, A* rows) const {
+                const Epilogue<E>& epilogue) const {
     const int vecs = plan.split.width_vecs(panel);
-    const int64_t out = plan.p.x.out_size, width = vecs * V::W;
+    const int64_t out = plan.p.x.out_size;
     const auto tiles = EvenSplit::of(out, ceil_div(out, int64_t{kRowTilePixels}));
     RowTileOperands<Mac<T>> in;
     in.count = plan.elements;
@@ -85,14 +84,9 @@ struct RowMultiplier {
       in.rows = block.table + row * plan.elements;
       for (int64_t x = 0, t = 0; x < out; x += tiles.size(t++)) {
         const int64_t pixel = (row - row0) * out + x;
-        const int n = static_cast<int>(tiles.size(t));
         in.offset = x * in.step;
-        if (plan.finished) {
-          run_row_tile(n, vecs, in, RowFinish<T>{epilogue.at_row(pixel), plan.streams});
-        } else {
-          const StoreAccumulators<V> keep{rows + pixel * width, width};
-          run_row_tile(n, vecs, in, keep);
-        }
+        run_row_tile(static_cast<int>(tiles.size(t)), vecs, in,
+                     RowFinish<E>{epilogue.at_row(pixel), plan.streams});
       }
     }
   }

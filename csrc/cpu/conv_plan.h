@@ -114,8 +114,9 @@ struct CorrelationPlan {
     direct = p.channels_last && p.pool.kernel_h == 0 && (p.in_order() || scattered);
     fetches_output =
         direct && p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kCachedNumbers;
-    finished = direct || (!kDepthwise && std::is_same_v<T, A> && kFusedEpilogue<T> && !p.residual &&
-                          !p.preactivation && !(p.argmax && p.pool.kind == PoolKind::kAverage));
+    finished = direct || (!kDepthwise && (by_rows || std::is_same_v<T, A>) && kFusedEpilogue<T> &&
+                          !p.residual && !p.preactivation &&
+                          !(p.argmax && p.pool.kind == PoolKind::kAverage));
     streams = by_rows && direct && p.activation <= Activation::kRelu6 && !p.residual &&
               !p.preactivation && !p.moments.wanted() &&
               p.batch * p.out_rows() * p.x.out_size * groups * out_channels > kStreamedNumbers &&
@@ -152,6 +153,20 @@ struct CorrelationPlan {
     return epilogue;
   }
 
+  // By rows: the epilogue of a panel to rows[pixels][width] in the compute type, if tiles go
+  // through it, and no more than the stores otherwise.
+  Epilogue<A> rows_epilogue(int64_t column, int64_t width, A* rows) const {
+    Epilogue<A> epilogue;
+    if (finished) {
+      epilogue.scale = p.scale;
+      epilogue.shift = p.shift;
+      epilogue.activation = p.activation;
+    }
+    epilogue = epilogue.at_panel(column, width);
+    epilogue.out = rows;
+    epilogue.ld_out = width;
+    return epilogue;
+  }
   // Of the tile that starts at pixel `pixel` of a block.
   Epilogue<T> tile_epilogue(const Epilogue<T>& of_panel, int64_t first_pixel, int64_t pixel) const {
     if (!scattered) return of_panel.at_row(pixel);
