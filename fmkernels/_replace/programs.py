@@ -1,9 +1,9 @@
 """Frozen convolutions that read one another's outputs, run as one call of the native library.
 
 That call finds out which of them to compute together without the images in between, and needs no
-Python from one to the next (csrc/torch/conv_chain.h). What belongs to it is recorded by the first
-forward and, whenever anything that this depends on has changed, by the next one: members may be
-exchanged, unfrozen, trained or given hooks at any time.
+Python from one to the next (csrc/torch/conv_chain.cpp). What belongs to it is recorded by the
+first forward and, whenever anything that this depends on has changed, by the next one: members may
+be exchanged, unfrozen, trained or given hooks at any time.
 """
 
 from __future__ import annotations
