@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import fmkernels
 from fmkernels import cli, functional
-from fmkernels.bench import demo, roofline, timer, verify, workloads
+from fmkernels.bench import candidates, demo, memory, roofline, timer, verify, workloads
 from fmkernels.bench.commands import app
 from fmkernels.bench.results import SCHEMA_VERSION
 from fmkernels.bench.workloads import Workload
@@ -178,6 +179,47 @@ def test_verify_fails_with_the_reason_when_a_backend_cannot_serve():
 def test_unknown_choices_are_refused(arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
+
+
+# --- memory
+
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux"
+)
+
+
+@linux
+@pytest.mark.skipif(not fmkernels.info().native, reason="no native kernels")
+def test_memory_of_a_block(tmp_path):
+    """Eager holds the convolution's output, 8.4 MB, the fused block its pooled quarter."""
+    file = tmp_path / "memory.json"
+    match = "conv-bn-relu-pool 32x3x32x32"
+    result = invoke("memory", "--mode=inference", "--match", match, "--json", file)
+    assert result.exit_code == 0, result.output
+    (peak,) = json.loads(file.read_text())
+    assert peak["bytes"]["eager"] > 8.4e6 > peak["bytes"]["fmkernels"] > 2.1e6
+    assert peak["ratio"] == peak["bytes"]["fmkernels"] / peak["bytes"]["eager"]
+
+
+@linux
+def test_memory_counts_what_comes_and_what_stays(monkeypatch):
+    name = workloads.select(("conv",), quick=True)[0].name
+
+    def peak_of(call):
+        candidate = candidates.Candidate("eager", "contiguous", call, dict)
+        monkeypatch.setitem(memory._BUILDERS, "eager", lambda problem, layout: candidate)
+        arguments = (name, "fp32", "inference", "eager", "contiguous", torch.get_num_threads())
+        return memory._peak(arguments) / 1e6
+
+    kept = []
+
+    def grow():
+        torch.ones(16, 1 << 20).sum()  # 67 MB that are freed
+        kept.append(torch.ones(4, 1 << 20))  # 17 MB in each of three calls
+
+    assert peak_of(lambda: None) < 10
+    assert 80 < peak_of(grow) < 140
 
 
 # --- bench

@@ -13,9 +13,19 @@ from rich.table import Table
 
 import fmkernels
 from fmkernels.bench import demo as demo_run
-from fmkernels.bench import html, peers, report, run, verify, verify_report, workloads
+from fmkernels.bench import (
+    html,
+    memory,
+    peers,
+    report,
+    run,
+    verify,
+    verify_report,
+    workloads,
+)
 from fmkernels.bench.environment import busy_warning, load_average
-from fmkernels.bench.results import Cell
+from fmkernels.bench.results import EAGER, OURS, Cell
+from fmkernels.bench.workloads import Workload
 from fmkernels.info import Info
 
 app = typer.Typer(
@@ -138,12 +148,7 @@ def bench(
         ),
         quick=quick,
     )
-    try:
-        chosen = workloads.select(
-            _names(family, {*workloads.FAMILIES, "all"}, "--family"), quick=quick, match=match
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    chosen = _select(family, quick=quick, match=match)
     if threads is not None:
         torch.set_num_threads(threads)
     warning = busy_warning(load_average(), _state().machine.logical_cpus)
@@ -167,6 +172,46 @@ def bench(
             write(results, path)
             console.print(f"wrote {path}")
     if results.failures:
+        raise typer.Exit(1)
+
+
+@app.command("memory")
+def memory_command(
+    family: Annotated[str, typer.Option(help=_FAMILY_HELP)] = "all",
+    dtype: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16.")] = "fp32",
+    mode: Annotated[str, typer.Option(help="inference, training or both.")] = "both",
+    match: Annotated[str, typer.Option(help="Only workloads whose name contains this.")] = "",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Memory that a call needs, PyTorch's beside fmkernels', each in a process of its own.
+
+    Exits with 1 if fmkernels needs more anywhere.
+    """
+    console = _console()
+    modes = workloads.MODES if mode == "both" else _names(mode, workloads.MODES, "--mode")
+    dtypes = _names(dtype, ("fp32", "bf16"), "--dtype")
+    chosen = _select(family, match=match)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    table = Table("workload", "eager", "fmkernels", "to eager", title="memory of a call")
+    peaks = []
+    with _progress(console) as progress:
+        task = progress.add_task("memory", total=len(chosen) * len(dtypes) * len(modes))
+        for one_mode in modes:
+            for peak in memory.measure(chosen, dtypes, one_mode):
+                peaks.append(peak)
+                progress.update(task, advance=1, description=peak.workload)
+                table.add_row(
+                    f"{peak.workload} {peak.dtype} {peak.mode}",
+                    *[f"{peak.bytes[name] / 1e6:.1f} MB" for name in (EAGER, OURS)],
+                    f"{peak.ratio:.2f}x",
+                    style="bold red" if peak.ratio > 1 else None,
+                )
+    console.print(table)
+    if json_file is not None:
+        report.write_document([peak.to_dict() for peak in peaks], json_file)
+    if any(peak.ratio > 1 for peak in peaks):
         raise typer.Exit(1)
 
 
@@ -200,6 +245,14 @@ def _state() -> Info:
     except RuntimeError as error:  # FMKERNELS_ISA asks for a path that does not exist here
         _console().print(str(error), style="bold red", markup=False)
         raise typer.Exit(2) from error
+
+
+def _select(family: str, *, match: str, quick: bool = False) -> list[Workload]:
+    names = _names(family, {*workloads.FAMILIES, "all"}, "--family")
+    try:
+        return workloads.select(names, quick=quick, match=match)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_device(device: str) -> None:
