@@ -57,7 +57,7 @@ def measure(workloads: Sequence[Workload], dtypes: Sequence[str], mode: str) -> 
         mode: "inference" or "training".
 
     Raises:
-        RuntimeError: a candidate failed, or this is not Linux.
+        RuntimeError: this is not Linux. What a candidate raises comes through as it is.
     """
     if not (_PROCESS / "clear_refs").exists():
         raise RuntimeError("memory is measured on Linux, which says how much a process holds")
